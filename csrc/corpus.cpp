@@ -1,0 +1,108 @@
+#include "corpus.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "error.h"
+
+namespace mixloader {
+namespace {
+
+static_assert(std::endian::native == std::endian::little,
+              "tokens on disk are little-endian and are not swapped");
+
+// Widens n + 1 tokens into n inputs and n targets; returns the largest id.
+template <typename Token>
+std::uint64_t widen(const std::byte* bytes, std::size_t n, std::int64_t* inputs,
+                    std::int64_t* targets) {
+  const auto* tokens = reinterpret_cast<const Token*>(bytes);
+  Token largest = 0;
+  for (std::size_t i = 0; i <= n; ++i) largest = std::max(largest, tokens[i]);
+  for (std::size_t i = 0; i < n; ++i) inputs[i] = tokens[i];
+  for (std::size_t i = 0; i < n; ++i) targets[i] = tokens[i + 1];
+  return largest;
+}
+
+template <typename Token>
+[[noreturn]] void throw_token_error(const Shard& shard, std::uint64_t start,
+                                    const std::byte* bytes,
+                                    std::uint64_t vocab_size) {
+  const auto* tokens = reinterpret_cast<const Token*>(bytes);
+  const auto* bad = tokens;
+  while (*bad < vocab_size) ++bad;
+  const auto position = start + static_cast<std::uint64_t>(bad - tokens);
+  throw TokenError(
+      "shard " + shard.path + " holds token id " + std::to_string(*bad) +
+      " at token " + std::to_string(position) + " (byte " +
+      std::to_string(shard.offset + position * shard.width) +
+      "), but the vocabulary has " + std::to_string(vocab_size) +
+      " ids; check the shard's dtype (" + std::to_string(8 * shard.width) +
+      " bits here), its tokenizer and vocab_size");
+}
+
+}  // namespace
+
+Corpus::Corpus(std::vector<Domain> domains, std::uint64_t seq_len,
+               std::uint64_t vocab_size)
+    : domains_(std::move(domains)), seq_len_(seq_len), vocab_size_(vocab_size) {
+  for (const Domain& domain : domains_) {
+    std::uint64_t windows = 0;
+    auto& ends = window_ends_.emplace_back();
+    for (const Shard& shard : domain.shards) {
+      windows += shard.tokens > 0 ? (shard.tokens - 1) / seq_len_ : 0;
+      ends.push_back(windows);
+    }
+  }
+}
+
+std::shared_ptr<const File> Corpus::open(const Shard& shard) const {
+  const std::lock_guard lock(mutex_);
+  if (const auto found = open_.find(&shard); found != open_.end()) {
+    return found->second;
+  }
+  auto file = std::make_shared<const File>(shard.path);
+  const std::uint64_t end = shard.offset + shard.tokens * shard.width;
+  if (file->size() < end) {
+    throw ShardError(
+        "shard " + shard.path + " has " + std::to_string(file->size()) +
+        " bytes, but its " + std::to_string(shard.tokens) + " tokens need " +
+        std::to_string(end) + "; it was truncated or replaced: restore it");
+  }
+  if (open_order_.size() == kOpenFiles) {
+    open_.erase(open_order_.front());
+    open_order_.pop_front();
+  }
+  open_.emplace(&shard, file);
+  open_order_.push_back(&shard);
+  return file;
+}
+
+void Corpus::read_window(std::uint32_t domain, std::uint64_t window,
+                         std::span<std::int64_t> inputs,
+                         std::span<std::int64_t> targets,
+                         std::vector<std::byte>& scratch) const {
+  const auto& ends = window_ends_[domain];
+  const auto index = static_cast<std::size_t>(
+      std::upper_bound(ends.begin(), ends.end(), window) - ends.begin());
+  const Shard& shard = domains_[domain].shards[index];
+  const std::uint64_t first = index == 0 ? 0 : ends[index - 1];
+  const std::uint64_t start = (window - first) * seq_len_;
+
+  scratch.resize((seq_len_ + 1) * shard.width);
+  open(shard)->read(shard.offset + start * shard.width, scratch);
+  const auto largest =
+      shard.width == 2 ? widen<std::uint16_t>(scratch.data(), seq_len_,
+                                              inputs.data(), targets.data())
+                       : widen<std::uint32_t>(scratch.data(), seq_len_,
+                                              inputs.data(), targets.data());
+  if (vocab_size_ > 0 && largest >= vocab_size_) {
+    shard.width == 2 ? throw_token_error<std::uint16_t>(
+                           shard, start, scratch.data(), vocab_size_)
+                     : throw_token_error<std::uint32_t>(
+                           shard, start, scratch.data(), vocab_size_);
+  }
+}
+
+}  // namespace mixloader

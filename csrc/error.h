@@ -1,0 +1,30 @@
+// Errors of the core. bindings.cpp turns each into the Python exception of the
+// same name.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace mixloader {
+
+// A shard that is missing, truncated or unreadable.
+struct ShardError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A token id outside the vocabulary.
+struct TokenError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Weights, or a step to apply them at, that cannot be used.
+struct WeightsError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A saved state that does not fit this streamer.
+struct StateError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace mixloader

@@ -1,0 +1,18 @@
+"""mixloader: a token loader for language-model training that learns its own data mixture.
+
+loader = MixLoader("data/", batch_size=12, seq_len=1024)
+mixer = Mixer(loader, policy="agent")
+for batch in loader:
+    logits = model(batch["input_ids"])
+    loss = domain_cross_entropy(logits, batch["targets"], batch["domain_ids"], stats=mixer.stats)
+    ...
+    mixer.step()
+"""
+
+from importlib.metadata import version as _version
+
+from mixloader.loader import MixLoader
+from mixloader.manifest import Manifest
+
+__version__ = _version("mixloader")
+__all__ = ["Manifest", "MixLoader", "__version__"]

@@ -1,0 +1,1 @@
+"""The learned policy: features, network, simulator, fitting and the weights that ship."""

@@ -1,0 +1,33 @@
+"""Typed errors. Each message says what was found, where, what was expected and what to do."""
+
+
+class MixLoaderError(Exception):
+    """Base of every error that mixloader raises on purpose."""
+
+
+class ManifestError(MixLoaderError, ValueError):
+    """A manifest, or a folder used as one, that cannot be used as it is."""
+
+
+class ShardError(MixLoaderError, OSError):
+    """A shard that is missing, truncated, damaged or not what its manifest says."""
+
+
+class TokenError(ShardError):
+    """A token id outside the vocabulary."""
+
+
+class WeightsError(MixLoaderError, ValueError):
+    """Mixture weights that are not a mixture: NaN, negative, all zero, wrong length, unknown name."""
+
+
+class StateError(MixLoaderError, ValueError):
+    """A saved state that does not belong to this run."""
+
+
+class ConfigError(MixLoaderError, ValueError):
+    """A configuration with an unknown key or a value out of range."""
+
+
+class RecordError(MixLoaderError, ValueError):
+    """A run record that cannot be read or does not belong to this data."""

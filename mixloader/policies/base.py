@@ -1,0 +1,72 @@
+"""The Policy protocol, and the registry by which `policy="name"` finds one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mixloader.errors import ConfigError
+from mixloader.observation import DomainTable, Observation
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides the weights of the next steps from what was observed of the earlier ones.
+
+    A policy runs in a thread of its own while training goes on; it must not touch the loader or the
+    model. One that raises, is late or returns NaN costs nothing but a warning: the last weights stay.
+    """
+
+    needs: frozenset[str]
+    """The signals it cannot do without, among "loss", "feedback", "influence"."""
+
+    def reset(self, domains: DomainTable) -> np.ndarray | None:
+        """Begin a run. Returns the weights of the first steps, float64 [D], or None for the prior."""
+
+    def decide(self, observation: Observation) -> np.ndarray | None:
+        """Weights from `observation.effect_step` on, float64 [D] >= 0, or None to keep them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to decide as this one would; JSON-able, exact."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state after `reset` with the same domains."""
+
+
+_FACTORIES: dict[str, Callable[..., Policy]] = {}
+
+_MODULES = {"agent": "mixloader.agent.policy"}
+"""Policies whose module is imported only when they are asked for: the agent's brings numba with it."""
+
+
+def register(name: str) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
+    """Class decorator: make a policy available as `policy="name"`."""
+
+    def add(factory: Callable[..., Policy]) -> Callable[..., Policy]:
+        _FACTORIES[name] = factory
+        return factory
+
+    return add
+
+
+def make_policy(policy: str | Policy, **options: Any) -> Policy:
+    """A policy from its name and options; a policy object passes through.
+
+    Raises ConfigError for an unknown name or option.
+    """
+    if not isinstance(policy, str):
+        if options:
+            raise ConfigError(f"options {sorted(options)} were given with a policy object; set them on the object")
+        return policy
+    if policy not in _FACTORIES and policy in _MODULES:
+        import_module(_MODULES[policy])
+    if policy not in _FACTORIES:
+        known = sorted({*_FACTORIES, *_MODULES})
+        raise ConfigError(f"unknown policy {policy!r}; known policies are {', '.join(known)}")
+    try:
+        return _FACTORIES[policy](**options)
+    except TypeError as error:
+        raise ConfigError(f"policy {policy!r} cannot be made with options {options}: {error}") from error

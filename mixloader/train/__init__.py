@@ -1,0 +1,1 @@
+"""The reference trainer: two small model families, one loop, exact resume."""
