@@ -49,14 +49,16 @@ std::optional<BatchPosition> Streamer::next(std::chrono::milliseconds timeout) {
     const Fill fill = slots_.front()->fill;
     return stopped_ || fill == Fill::kReady || fill == Fill::kFailed;
   };
+  Slot& slot = *slots_.front();
+  if (slot.fill == Fill::kFailed && !slot.error) {  // thrown before: try again
+    slot.fill = Fill::kEmpty;
+    work_ready_.notify_one();
+  }
   if (threads_.empty() && !done()) fill_slot(lock, 0, own_workspace_);
   if (!batch_ready_.wait_for(lock, timeout, done)) return std::nullopt;
   if (stopped_) throw std::runtime_error("the loader is closed");
 
-  Slot& slot = *slots_.front();
   if (slot.fill == Fill::kFailed) {
-    slot.fill = Fill::kEmpty;
-    work_ready_.notify_one();
     std::rethrow_exception(std::exchange(slot.error, nullptr));
   }
   BatchPosition result = position(0);

@@ -76,7 +76,7 @@ class Streamer {
 
   // Waits up to `timeout` for the batch in the oldest buffers, and gives them
   // up. An error that hit this batch is thrown here; the batch stays next, and
-  // the following call tries again. nullopt: not ready yet.
+  // the following call reads it anew. nullopt: not ready yet.
   std::optional<BatchPosition> next(std::chrono::milliseconds timeout);
 
   // Changes the mixture from `step` on, or from the first step not begun.

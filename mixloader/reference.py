@@ -41,12 +41,12 @@ def permute(seed: int, key: int, epoch: int, n: int, index: int) -> int:
     b = -(-n // a)
     words = [
         word
-        for block in range(2)
+        for block in range(4)
         for word in philox(seed ^ _ROUND_KEYS, [epoch & _32, ((epoch >> 32) << 8) | block, key & _32, key >> 32])
     ]
     while True:
         left, right = divmod(index, b)
-        for i in range(0, 8, 2):
+        for i in range(0, 16, 2):
             left = (left + (_mix(words[i], right) * a >> 32)) % a
             right = (right + (_mix(words[i + 1], left) * b >> 32)) % b
         index = left * b + right

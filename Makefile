@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+READY = $(VENV)/.ready
+
+.PHONY: demo test lint format bench asan tsan clean
+
+demo: $(READY)
+	$(RUN) -m mixloader demo $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(READY)
+	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format . && $(VENV)/bin/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(READY)
+	$(RUN) -m bench.loader $(ARGS)
+
+# The stream tests under a sanitizer, with the extension rebuilt in place; `make clean` afterwards.
+asan: $(READY)
+	CFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -q tests/test_plan.py tests/test_loader.py
+
+tsan: $(READY)
+	CFLAGS="-g -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(RUN) setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66 $(RUN) -m pytest -q tests/test_loader.py
+
+clean:
+	rm -rf build mixloader/_core.*.so *.egg-info $(READY)
+
+# torch comes first and pinned: left to the other requirements, pip may fetch a CUDA build of several gigabytes.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch setuptools pybind11
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,plot,dev]"
+	touch $@

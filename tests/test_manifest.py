@@ -1,0 +1,211 @@
+"""Manifests, folders and shards: what opens, and what is refused with which words."""
+
+import json
+
+import numpy as np
+import pytest
+from corpora import tagged, write_llmc, write_raw
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixloader import Manifest, MixLoader
+from mixloader.errors import ManifestError, MixLoaderError, ShardError
+from mixloader.formats import open_shard, read_tokens
+
+
+def test_formats_are_told_apart(tmp_path):
+    raw = open_shard(write_raw(tmp_path / "raw.bin", np.arange(50, dtype="<u2")))
+    assert (raw.format, raw.dtype, raw.offset, raw.tokens) == ("nanogpt", "uint16", 0, 50)
+    wide = open_shard(write_raw(tmp_path / "wide.bin", np.arange(50, dtype="<u4")), dtype="uint32")
+    assert (wide.format, wide.dtype, wide.tokens) == ("nanogpt", "uint32", 50)
+    narrow = write_llmc(tmp_path / "gpt2.bin", np.arange(50, dtype="<u2"), magic=20240520, version=1)
+    assert (open_shard(narrow).format, open_shard(narrow).dtype, open_shard(narrow).tokens) == ("llmc", "uint16", 50)
+    llama = open_shard(write_llmc(tmp_path / "llama.bin", tagged(3, 50)))
+    assert (llama.dtype, llama.offset, llama.tokens) == ("uint32", 1024, 50)
+    for shard in (raw, wide, llama):
+        assert (np.diff(read_tokens(shard, 10, 30).astype(np.int64)) == 1).all()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 100, 1023, 1025, 1024 + 199])
+def test_a_truncated_shard_is_refused_at_open(tmp_path, kept):
+    path = write_llmc(tmp_path / "a.bin", tagged(0, 50))
+    content = path.read_bytes()[:kept]
+    path.write_bytes(content)
+    with pytest.raises(ShardError, match=f"shard {path} .*(is empty|truncated)"):
+        open_shard(path, format="llmc")
+    with (
+        pytest.raises(ShardError, match=f"shard {path} is empty" if kept == 0 else ".+")
+        if kept < 4
+        else pytest.raises(ShardError)
+    ):
+        open_shard(path, dtype="uint32")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([7, 1, 50], "begins with 7, not with an llm.c magic number"),
+        ([20240520, 2, 50], "version 2; expected 1"),
+        ([20240520, 1, -5], "announces -5 uint16 tokens"),
+        ([20240520, 1, 2**31 - 1], "announces 2147483647 uint16 tokens"),
+        ([20240520, 1, 0], "it is empty"),
+        ([20240520, 1, 49], "announces 49 uint16 tokens"),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, header, message):
+    content = np.zeros(256, dtype="<i4")
+    content[:3] = header
+    path = tmp_path / "a.bin"
+    path.write_bytes(content.tobytes() + bytes(100))
+    with pytest.raises(ShardError, match=message):
+        open_shard(path, format="llmc")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ShardError, match=r"does not exist"):
+        open_shard(tmp_path / "none.bin")
+    with pytest.raises(ShardError, match="not a regular file"):
+        open_shard(tmp_path)
+    import os
+
+    os.mkfifo(tmp_path / "pipe.bin")
+    with pytest.raises(ShardError, match="not a regular file"):
+        open_shard(tmp_path / "pipe.bin")
+    with pytest.raises(ManifestError, match="unknown shard format 'parquet'"):
+        open_shard(tmp_path / "x.bin", format="parquet")
+
+
+def test_a_folder_of_folders_is_a_data_set(tmp_path):
+    for name in ("web", "code"):
+        write_llmc(tmp_path / name / "train_000.bin", tagged(0, 50))
+        write_llmc(tmp_path / name / "train_001.bin", tagged(1, 60))
+        write_llmc(tmp_path / name / "val_000.bin", tagged(2, 40))
+    manifest = Manifest.open(tmp_path)
+    assert manifest.names == ("code", "web")
+    assert [d.tokens for d in manifest.domains] == [110, 110]
+    assert [s.path.name for s in manifest.domain("web").validation] == ["val_000.bin"]
+
+
+def test_a_nanogpt_folder_is_one_domain_and_loose_shards_one_each(tmp_path):
+    write_raw(tmp_path / "owt" / "train.bin", np.arange(50, dtype="<u2"))
+    write_raw(tmp_path / "owt" / "val.bin", np.arange(20, dtype="<u2"))
+    manifest = Manifest.open(tmp_path / "owt")
+    assert manifest.names == ("owt",)
+    assert len(manifest.domains[0].validation) == 1
+    write_raw(tmp_path / "loose" / "web.bin", np.arange(50, dtype="<u2"))
+    write_raw(tmp_path / "loose" / "math.bin", np.arange(50, dtype="<u2"))
+    assert Manifest.open(tmp_path / "loose").names == ("math", "web")
+
+
+def test_a_mapping_names_fields_and_dtypes(tmp_path):
+    web = write_raw(tmp_path / "web.bin", np.arange(50, dtype="<u4"))
+    math = write_llmc(tmp_path / "math" / "a.bin", tagged(0, 50))
+    data = {"web": {"path": web, "dtype": "uint32", "field": "source"}, "math": [math]}
+    manifest = Manifest.open(data)
+    assert manifest.table().fields == ("source", None)
+    assert manifest.domain("web").shards[0].dtype == "uint32"
+    with pytest.raises(ManifestError, match="'web' has an unknown key 'feild'"):
+        Manifest.open({"web": {"path": web, "feild": "source"}})
+    with pytest.raises(ManifestError, match="field 'goal'; expected 'source', 'target' or none"):
+        Manifest.open({"web": {"path": web, "dtype": "uint32", "field": "goal"}})
+
+
+@pytest.mark.parametrize("what", ["none", "empty"])
+def test_a_missing_or_empty_folder_says_what_was_expected(tmp_path, what):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ManifestError, match=r"does not exist; expected|holds neither a manifest.json nor"):
+        MixLoader(tmp_path / what, 4, 8)
+    with pytest.raises(MixLoaderError, match=r"does not exist|holds no .bin files"):
+        MixLoader({"a": tmp_path / what}, 4, 8)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    folder = tmp_path / "data"
+    for i, name in enumerate(("web", "math")):
+        write_llmc(folder / name / "train_000.bin", tagged(i, 100))
+        write_llmc(folder / name / "val_000.bin", tagged(i, 100))
+    found = Manifest.open(folder)
+    Manifest(found.domains, vocab_size=1 << 21, eot=0).save(folder / "manifest.json")
+    return folder
+
+
+def test_a_manifest_round_trips_and_may_move_with_its_folder(saved, tmp_path):
+    manifest = Manifest.open(saved)
+    assert manifest.vocab_size == 1 << 21
+    assert Manifest.open(saved / "manifest.json") == manifest
+    moved = tmp_path / "elsewhere"
+    saved.rename(moved)
+    assert Manifest.open(moved).fingerprint == manifest.fingerprint
+    assert Manifest.open(moved) != manifest
+
+
+def test_the_fingerprint_changes_with_the_data(saved):
+    before = Manifest.open(saved).fingerprint
+    write_llmc(saved / "web" / "train_000.bin", tagged(0, 101))
+    with pytest.raises(ShardError, match=r"has 101 tokens, but manifest .* says 100; .*truncated or replaced"):
+        Manifest.open(saved)
+    (saved / "manifest.json").unlink()
+    assert Manifest.open(saved).fingerprint != before
+
+
+BAD_VALUES = [
+    (("version",), 2, "version 2; this mixloader reads version 1"),
+    (("version",), None, "version in manifest .* is None; expected an integer"),
+    (("vocab_size",), "many", "vocab_size in manifest .* is 'many'; expected an integer"),
+    (("domains",), {}, "expected a list"),
+    (("domains",), [], "at least one domain"),
+    (("domains", 0), 5, r"domains\[0\] of manifest .* is no JSON object"),
+    (("domains", 0, "name"), 5, r"domains\[0\].name in manifest .* is 5; expected a string"),
+    (("domains", 1, "name"), "math", "two domains have the name 'math'"),
+    (("domains", 0, "shards"), [], "'math' has no training shards"),
+    (("domains", 0, "shards", 0, "path"), "../../etc/passwd", "lies outside the manifest's folder"),
+    (("domains", 0, "shards", 0, "path"), "/etc/passwd", "lies outside the manifest's folder"),
+    (("domains", 0, "shards", 0, "path"), "a\0b", "NUL byte"),
+    (("domains", 0, "shards", 0, "path"), "math/none.bin", "does not exist"),
+    (("domains", 0, "shards", 0, "tokens"), True, "expected an integer"),
+    (("domains", 0, "shards", 0, "dtype"), "float16", "unknown token dtype 'float16'"),
+    (("domains", 0, "field"), "goal", "field 'goal'"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), BAD_VALUES)
+def test_a_bad_value_is_named(saved, place, value, message):
+    path = saved / "manifest.json"
+    content = json.loads(path.read_text())
+    target = content
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(MixLoaderError, match=message):
+        Manifest.open(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": NaN}', "\x00"])
+def test_what_is_no_manifest_is_refused(saved, text):
+    (saved / "manifest.json").write_text(text)
+    with pytest.raises(ManifestError, match="manifest"):
+        Manifest.open(saved)
+
+
+def test_a_link_out_of_the_folder_needs_an_allowed_root(saved, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    target = saved / "math" / "train_000.bin"
+    target.rename(outside / "train_000.bin")
+    target.symlink_to(outside / "train_000.bin")
+    with pytest.raises(ManifestError, match="outside the manifest's folder"):
+        Manifest.open(saved)
+    assert Manifest.open(saved, roots=[outside]).names == ("math", "web")
+
+
+@given(content=st.binary(max_size=1100))
+def test_any_bytes_open_or_are_refused_with_a_shard_error(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.bin"
+    path.write_bytes(content)
+    try:
+        shard = open_shard(path)
+    except ShardError:
+        return
+    assert shard.offset + shard.tokens * shard.width == len(content)
