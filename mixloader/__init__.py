@@ -12,7 +12,22 @@ for batch in loader:
 from importlib.metadata import version as _version
 
 from mixloader.loader import MixLoader
+from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
+from mixloader.mixer import Mixer
+from mixloader.policies import Policy
+from mixloader.record import read_record, replay
+from mixloader.stats import DomainStats
 
 __version__ = _version("mixloader")
-__all__ = ["Manifest", "MixLoader", "__version__"]
+__all__ = [
+    "DomainStats",
+    "Manifest",
+    "MixLoader",
+    "Mixer",
+    "Policy",
+    "__version__",
+    "domain_cross_entropy",
+    "read_record",
+    "replay",
+]

@@ -1,0 +1,5 @@
+"""`python -m mixloader <verb>`."""
+
+from mixloader.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,328 @@
+"""The reference training loop: loader, model, loss with statistics, optimizer, mixer; exact resume.
+
+Run it as `python -m mixloader train config.yaml`. The same command on a run that was killed goes on from
+its latest checkpoint, and the run ends with the parameters and the record that it would have had anyway:
+bit for bit on a CPU with the same number of threads; on a GPU as far as its kernels repeat themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixloader.config import TrainConfig
+from mixloader.errors import ConfigError
+from mixloader.evaluate import held_out_loss
+from mixloader.loader import MixLoader
+from mixloader.loss import domain_cross_entropy
+from mixloader.manifest import Manifest
+from mixloader.mixer import Mixer
+from mixloader.train import checkpoint as checkpoints
+from mixloader.train.model import build_model
+from mixloader.train.optimizer import build_optimizer, learning_rate_at
+from mixloader.train.run import RunFolder, replace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ended with. Losses are held-out, in nats a token, by domain.
+
+    tokens_per_second: training alone, without evaluation and checkpoints.
+    """
+
+    losses_before: dict[str, float]
+    losses_after: dict[str, float]
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    record: Path
+    checkpoint: Path
+
+
+def train(config: TrainConfig, *, progress: bool | None = None) -> TrainResult:
+    """Train as `config` says, going on from the latest checkpoint in `config.out` if there is one.
+
+    progress: a bar with loss, tokens/s and time left; None shows it on a terminal only.
+    Raises a MixLoaderError before any work if the data, the folder or a value is not usable, and StateError if
+    `out` holds a run of another config. A finished run is not trained again: its result is returned.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    manifest = Manifest.open(config.data)
+    config = resolve(config, manifest, device)
+    with RunFolder(config.out) as folder:
+        resume_from = folder.checkpoint_of({**config.to_dict(), "manifest": manifest.fingerprint})
+        if folder.result.exists() and resume_from is not None:
+            log.info("%s holds this run, finished; nothing was trained again", folder.path)
+            return _read_result(folder, resume_from)
+        with Trainer(config, manifest, device, folder, resume_from) as trainer:
+            return trainer.run(progress)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `name` means; raises ConfigError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f'device is {name!r}; expected "auto", "cpu", "cuda" or "cuda:1"') from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise ConfigError(f"device is {name!r}, which this machine and this torch do not have; use another device")
+    return device
+
+
+def resolve(config: TrainConfig, manifest: Manifest, device: torch.device) -> TrainConfig:
+    """`config` with what it left to the data and the hardware filled in; raises ConfigError if they disagree."""
+    model, vocab_size = config.model, manifest.vocab_size
+    if model.vocab_size is None and vocab_size is None:
+        raise ConfigError("model.vocab_size is not set, and the data does not say it either; set it")
+    if model.vocab_size is not None and vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size}, but the data has ids below {vocab_size}; raise it or leave it out"
+        )
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    model = dataclasses.replace(
+        model, vocab_size=model.vocab_size or vocab_size, seq_len=model.seq_len or config.seq_len
+    )
+    return dataclasses.replace(config, model=model, dtype=dtype)
+
+
+class Trainer:
+    """The parts of one run, built and checked before the first step; close it to release them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        manifest: Manifest,
+        device: torch.device,
+        folder: RunFolder,
+        resume_from: Path | None,
+    ) -> None:
+        self.config, self.manifest, self.device, self.folder = config, manifest, device, folder
+        self.step = 0
+        self.seconds = 0.0
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model)
+        if config.init_from is not None and resume_from is None:
+            checkpoints.load_parameters(Path(config.init_from), self.model)
+        self.model.to(device)
+        self.optimizer = build_optimizer(self.model, config)
+        self._stack = ExitStack()
+        with ExitStack() as opened:
+            self.loader = opened.enter_context(self._open_loader())
+            self.tokens_per_step = self.loader.global_batch * config.seq_len
+            self.mixer = opened.enter_context(self._open_mixer())
+            self.before: dict[str, float] = {}
+            self.held_out: dict[str, float] = {}
+            if resume_from is None:
+                self._begin()
+            else:
+                self._resume(resume_from)
+            self._stack = opened.pop_all()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        # The mixer ends its record in another way if the run did not end well.
+        self._stack.__exit__(*exception)
+
+    def run(self, progress: bool | None) -> TrainResult:
+        """Train to the last step and write result.json."""
+        config = self.config
+        batches = iter(self.loader)
+        with self._bar(progress) as bar:
+            while self.step < config.steps:
+                started = time.perf_counter()
+                loss = self._train_step(batches)
+                self.mixer.step()
+                self.step += 1
+                evaluate = self._due(config.eval_every)
+                write = evaluate or self._due(config.log_every)
+                # The only wait for the device, so it is also where the clock is right.
+                value = float(loss) if write else None
+                self.seconds += time.perf_counter() - started
+                bar.update(self.tokens_per_step)
+                if value is not None:
+                    bar.set_postfix_str(f"loss {value:.3f}", refresh=False)
+                if evaluate:
+                    self._evaluate()
+                if write:
+                    self._log(value, evaluate)
+                if self._due(config.checkpoint_every):
+                    self._save()
+        return self._finish()
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> Tensor:
+        """One optimizer step; returns its mean loss, on the device."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, config)
+        total = torch.zeros((), device=self.device)
+        for _ in range(config.grad_accumulation_steps):
+            batch = next(batches)
+            input_ids, targets, domain_ids = (
+                batch[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets", "domain_ids")
+            )
+            with self._autocast():
+                logits = self.model(input_ids)
+            loss = domain_cross_entropy(logits, targets, domain_ids, stats=self.mixer.stats)
+            # Every micro-batch has as many tokens, so the mean of their means is the mean of the step.
+            loss = loss / config.grad_accumulation_steps
+            loss.backward()
+            total += loss.detach()
+        if config.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _evaluate(self) -> None:
+        with self._autocast():
+            self.held_out = held_out_loss(
+                self.model,
+                self.manifest,
+                seq_len=self.config.seq_len,
+                windows_per_domain=self.config.eval_windows,
+                batch_size=self.config.batch_size,
+                vocab_size=self.config.model.vocab_size,
+                device=self.device,
+            )
+        if self.config.feedback:
+            self.mixer.feedback(self.held_out | self._field_means())
+
+    def _field_means(self) -> dict[str, float]:
+        """The mean held-out loss of each field's domains."""
+        by_field: dict[str, list[float]] = {}
+        for domain in self.manifest.domains:
+            if domain.field is not None and domain.name in self.held_out:
+                by_field.setdefault(domain.field, []).append(self.held_out[domain.name])
+        return {field: sum(losses) / len(losses) for field, losses in by_field.items()}
+
+    def _log(self, loss: float | None, evaluated: bool) -> None:
+        line: dict[str, Any] = {"step": self.step, "tokens": self.step * self.tokens_per_step}
+        if loss is not None:
+            line |= {
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "loss": loss,
+                "tokens_per_second": round(self._tokens_per_second()),
+            }
+        if evaluated:
+            line["held_out"] = self.held_out
+        self.folder.append_metrics(line)
+
+    def _tokens_per_second(self) -> float:
+        return self.step * self.tokens_per_step / self.seconds
+
+    def _begin(self) -> None:
+        """A fresh run: losses before, and a checkpoint of step 0, so that a run killed at once is the same run."""
+        self._evaluate()
+        self.before = self.held_out
+        self._log(None, True)
+        self._save()
+
+    def _save(self) -> None:
+        state = {
+            "config": {**self.config.to_dict(), "manifest": self.manifest.fingerprint},
+            "loader": self.loader.state_dict(),
+            "mixer": self.mixer.state_dict(),
+            "losses_before": self.before,
+            "held_out": self.held_out,
+            "seconds": self.seconds,
+        }
+        checkpoints.sync(self.folder.metrics)
+        checkpoints.save_checkpoint(self.folder.path, self.step, self.model, self.optimizer, state)
+        checkpoints.remove_old(self.folder.path, self.config.keep_checkpoints)
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoints.load_checkpoint(path, self.model, self.optimizer)
+        self.loader.load_state_dict(state["loader"])
+        self.mixer.load_state_dict(state["mixer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.before, self.held_out = state["losses_before"], state["held_out"]
+        self.folder.rewind_metrics(self.step)
+        log.info("going on from %s", path)
+
+    def _finish(self) -> TrainResult:
+        result = {
+            "losses_before": self.before,
+            "losses_after": self.held_out,
+            "steps": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "tokens_per_second": self._tokens_per_second(),
+        }
+        # The record is whole on disk before the result says that the run is.
+        self._stack.close()
+        replace(self.folder.result, json.dumps(result, indent=1) + "\n")
+        latest = checkpoints.latest_checkpoint(self.folder.path)
+        assert latest is not None
+        return _read_result(self.folder, latest)
+
+    def _open_loader(self) -> MixLoader:
+        config = self.config
+        return MixLoader(
+            self.manifest,
+            config.batch_size,
+            config.seq_len,
+            weights=config.weights,
+            grad_accumulation_steps=config.grad_accumulation_steps,
+            seed=config.seed,
+            pin_memory=self.device.type == "cuda",
+            max_steps=config.steps,
+            vocab_size=config.model.vocab_size,
+        )
+
+    def _open_mixer(self) -> Mixer:
+        config = self.config
+        return Mixer(
+            self.loader,
+            config.policy,
+            decide_every=config.decide_every,
+            lag=config.lag,
+            token_budget=config.steps * self.tokens_per_step,
+            device=self.device,
+            record=self.folder.record,
+            **config.policy_options,
+        )
+
+    def _bar(self, progress: bool | None) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            desc=self.folder.path.name,
+            total=self.config.steps * self.tokens_per_step,
+            initial=self.step * self.tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            disable=None if progress is None else not progress,
+        )
+
+
+def _read_result(folder: RunFolder, checkpoint: Path) -> TrainResult:
+    values = json.loads(folder.result.read_text(encoding="utf-8"))
+    return TrainResult(**values, record=folder.record, checkpoint=checkpoint)
