@@ -31,3 +31,11 @@ class ConfigError(MixLoaderError, ValueError):
 
 class RecordError(MixLoaderError, ValueError):
     """A run record that cannot be read or does not belong to this data."""
+
+
+class StatsError(MixLoaderError, ValueError):
+    """Statistics of the loss that hold bad tokens or may have overflowed. `table` holds the sums nevertheless."""
+
+    def __init__(self, message: str, table: object) -> None:
+        super().__init__(message)
+        self.table = table

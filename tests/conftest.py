@@ -1,0 +1,29 @@
+"""Set before any test module is imported: without a GPU, Triton kernels run in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# A deadline for each example would make tests fail on a busy machine. Fixtures of ours hold no state of an example.
+settings.register_profile("mixloader", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("mixloader")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request, monkeypatch):
+    """Send every loss of the test through one of the two paths; gives the device for its tensors."""
+    from mixloader import loss, loss_torch
+
+    if request.param == "torch":
+        monkeypatch.setattr(loss, "_path", lambda rows: loss_torch)
+        return "cpu"
+    pytest.importorskip("triton", reason="triton is not installed (pip install 'mixloader[triton]')")
+    from mixloader.kernels import cross_entropy
+
+    monkeypatch.setattr(loss, "_path", lambda rows: cross_entropy)
+    return "cuda" if torch.cuda.is_available() else "cpu"
