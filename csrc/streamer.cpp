@@ -69,7 +69,7 @@ std::optional<BatchPosition> Streamer::next(std::chrono::milliseconds timeout) {
     ++head_step_;
     planned_.pop_front();
     while (weights_.size() > 1 &&
-           std::next(weights_.begin())->first <= head_step_) {
+           std::next(weights_.begin())->first < head_step_) {
       weights_.erase(weights_.begin());
     }
   }

@@ -58,7 +58,8 @@ struct StreamState {
   PlanState plan;             // as it was before the step that is under way
   std::uint64_t rows = 0;     // rows of that step consumed, over all ranks
   std::uint64_t version = 0;  // weight changes asked for so far
-  std::map<std::uint64_t, Weights> weights;  // in force, and to come, by step
+  // By step: those that the last step drawn had, in force now, and to come.
+  std::map<std::uint64_t, Weights> weights;
 };
 
 class Streamer {

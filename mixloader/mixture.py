@@ -7,7 +7,6 @@ change a stream on another.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -41,9 +40,10 @@ def as_weights(weights: Weights, names: Sequence[str]) -> np.ndarray:
         raise WeightsError(f"weights must be numbers, one a domain, but got {weights!r}") from error
     if w.shape != (len(names),):
         raise WeightsError(f"weights have shape {list(w.shape)}; expected [{len(names)}], one for each domain")
-    for name, value in zip(names, w, strict=True):
-        if not math.isfinite(value) or value < 0:
-            raise WeightsError(f"the weight of domain {name!r} is {value}; expected a finite number >= 0")
+    unusable = ~(np.isfinite(w) & (w >= 0))
+    if unusable.any():
+        domain = int(unusable.argmax())
+        raise WeightsError(f"the weight of domain {names[domain]!r} is {w[domain]}; expected a finite number >= 0")
     if not w.any():
         raise WeightsError("all weights are zero; at least one domain needs a weight above zero")
     return w
@@ -54,16 +54,14 @@ def quantize(weights: np.ndarray) -> np.ndarray:
 
     Equal remainders go to the lower index. A positive weight may round to zero, never the reverse.
     """
-    # Scaled by the largest first, so that neither 1e308 nor denormals overflow or vanish in the sum.
-    w = np.asarray(weights, dtype=np.float64)
-    w = w / w.max()
-    # fsum is exact, so the total does not depend on numpy's summation order.
-    exact = w / math.fsum(w) * WEIGHT_ONE
-    units = np.floor(exact).astype(np.int64)
+    # Integers from here on: with weights of at most 2^33 every product below fits 64 bits, the sum of
+    # the parts cannot pass WEIGHT_ONE, and as_fractions(units) comes back as the same units.
+    parts = np.rint(np.asarray(weights, dtype=np.float64) / np.max(weights) * 2.0**33).astype(np.uint64)
+    scaled, total = parts * np.uint64(WEIGHT_ONE), parts.sum()
+    units = (scaled // total).astype(np.int64)
     missing = WEIGHT_ONE - int(units.sum())
-    by_remainder = np.argsort(-(exact - units), kind="stable")
-    positive = by_remainder[w[by_remainder] > 0]
-    units[positive[:missing]] += 1
+    by_remainder = np.argsort(total - scaled % total, kind="stable")
+    units[by_remainder[:missing]] += 1
     return units
 
 

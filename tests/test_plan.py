@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixloader import MixLoader, _core
-from mixloader.mixture import WEIGHT_ONE, quantize
+from mixloader.mixture import WEIGHT_ONE, as_fractions, quantize
 from mixloader.reference import ReferenceStream, domain_key, permute, philox
 
 # Random123's kat_vectors for philox4x32-10: key words, counter, result.
@@ -220,3 +220,9 @@ def test_quantized_weights_sum_to_one_and_keep_their_order(weights):
     assert (np.diff(units[order]) >= -1).all(), "a greater weight is less by a rounding at most"
     exact = np.array(weights) / max(weights)
     assert np.allclose(units / WEIGHT_ONE, exact / exact.sum(), atol=1.1 / WEIGHT_ONE)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=300).filter(any))
+def test_weights_read_back_and_set_again_are_the_same(weights):
+    units = quantize(np.array(weights))
+    assert np.array_equal(quantize(as_fractions(units)), units)

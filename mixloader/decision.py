@@ -1,0 +1,138 @@
+"""The policy's side of a Mixer: one thread that turns statistics into observations and those into decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mixloader.mixture import as_weights, quantize
+from mixloader.observation import DomainTable
+from mixloader.policies import Policy
+from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json
+from mixloader.stats import StatsSnapshot, StatsTable
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What came of the observation after plan step `step`.
+
+    units: int64 [D], integer weights from plan step `effect` on; None keeps the weights there are.
+    counts, loss, loss_tokens, all [D], and feedback cover what came since the last decision: rows
+    read, nats a token (NaN where nothing was read), tokens with a loss, evaluations.
+    tokens: trained on so far. error: what the policy failed with, if it did.
+    """
+
+    step: int
+    effect: int
+    tokens: int
+    counts: np.ndarray
+    loss: np.ndarray
+    loss_tokens: np.ndarray
+    feedback: dict[str, float]
+    units: np.ndarray | None
+    error: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able and exact."""
+        return {
+            **vars(self),
+            "counts": self.counts.tolist(),
+            "loss": numbers_to_json(self.loss),
+            "loss_tokens": self.loss_tokens.tolist(),
+            "units": None if self.units is None else self.units.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Decision:
+        """What to_json gave, back."""
+        arrays = {key: np.array(values[key], dtype=np.int64) for key in ("counts", "loss_tokens")}
+        units = None if values["units"] is None else np.array(values["units"], dtype=np.int64)
+        return cls(**{**values, **arrays, "loss": numbers_from_json(values["loss"]), "units": units})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is handed in at the end of plan step `step`.
+
+    effect: the plan step from which the decision holds. cursors: int64 [D], windows drawn so far.
+    units: int64 [D], the weights of `effect` as the loader knows them; earlier: decisions under way that
+    will have changed them by then. feedback: by name, the latest value and the step it was reported after.
+    sums: int64 [D + 1, 4], of DomainStats; snapshots: to be added to them.
+    """
+
+    step: int
+    effect: int
+    cursors: np.ndarray
+    units: np.ndarray
+    earlier: list[Future[Decision]]
+    feedback: dict[str, tuple[float, int]]
+    sums: np.ndarray
+    snapshots: list[StatsSnapshot]
+
+
+class Decider:
+    """Runs a policy in a thread of its own, one task after the other.
+
+    domains: the policy was reset with them. builder: of the observations.
+    """
+
+    def __init__(self, policy: Policy, domains: DomainTable, builder: ObservationBuilder):
+        self.policy, self.domains, self.builder = policy, domains, builder
+        # The executor's thread is no daemon; the interpreter joins it at exit if close() was not called.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mixloader-policy")
+
+    def submit(self, task: Task) -> Future[Decision]:
+        """Hand in a task. The future raises what went wrong with the statistics; a failed policy is no error."""
+        return self._thread.submit(self.decide, task)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only while no task is under way, as load_state_dict. JSON-able and exact."""
+        return {"policy": self.policy.state_dict(), "signals": self.builder.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.policy.reset(self.domains)
+        self.policy.load_state_dict(state["policy"])
+        self.builder.load_state_dict(state["signals"])
+
+    def close(self) -> None:
+        """End the thread, after the tasks that were handed in."""
+        self._thread.shutdown(wait=True)
+
+    def decide(self, task: Task) -> Decision:
+        """What the thread runs for a task."""
+        stats = StatsTable(task.sums + sum(snapshot.wait().sums for snapshot in task.snapshots))
+        before, cursors_before = self.builder.step, self.builder.cursors
+        observation = self.builder.build(task.step, task.effect, task.cursors, _in_force(task), stats, task.feedback)
+        units, error = None, None
+        new = observation.loss.age == 0
+        loss, loss_tokens = np.where(new, observation.loss.value, math.nan), np.where(new, observation.loss.count, 0)
+        try:
+            answer = self.policy.decide(observation)
+            units = None if answer is None else quantize(as_weights(answer, self.domains.names))
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"[:300]
+        return Decision(
+            step=task.step,
+            effect=task.effect,
+            tokens=observation.tokens,
+            counts=task.cursors - cursors_before,
+            loss=loss,
+            loss_tokens=loss_tokens,
+            feedback={name: value for name, (value, step) in task.feedback.items() if step >= before},
+            units=units,
+            error=error,
+        )
+
+
+def _in_force(task: Task) -> np.ndarray:
+    """int64 [D]: the weights that the effect step has unless this task's decision changes them."""
+    for future in reversed(task.earlier):
+        # Earlier tasks are done: there is one thread. One without statistics has decided nothing.
+        if future.exception() is None and (units := future.result().units) is not None:
+            return units
+    return task.units

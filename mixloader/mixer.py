@@ -1,0 +1,394 @@
+"""Mixer: closes the loop from the losses of a training step to the mixture of a later one.
+
+The clock is strict: statistics of plan steps up to s decide the weights of step s + 1 + lag, never
+earlier, never later. Nothing that reaches the weights, the state or the record depends on timing.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mixloader.decision import Decider, Decision, Task
+from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.loader import MixLoader
+from mixloader.mixture import as_weights, quantize
+from mixloader.policies import Policy, make_policy
+from mixloader.record import Recorder
+from mixloader.signals import ObservationBuilder
+from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
+
+STATE_VERSION = 1
+
+
+@dataclass
+class _Pending:
+    """A decision under way. stale: the mixture was changed by hand meanwhile, so it will not be applied."""
+
+    effect: int
+    future: Future[Decision]
+    stale: bool = False
+
+
+class Mixer:
+    """Lets a policy set the mixture of a loader while a model trains on its batches.
+
+    Give `stats` to domain_cross_entropy, and call step() once after each optimizer step.
+
+    policy: "agent", "natural", "uniform", "fixed", "fields", another registered name, or a Policy;
+        policy_options go to one made by name. It decides in a thread of its own.
+    decide_every: a decision is made after every so many plan steps, counted from step 0.
+    lag: statistics of steps up to s decide the weights of step s + 1 + lag. With 0 the caller waits
+        for the policy at each decision; otherwise only for one that takes longer than `lag` steps.
+    token_budget: tokens of the whole run; by default those of the loader's max_steps, if it has any.
+    device: where the logits are. record: path of the run record (docs/record.md), begun at the first
+        step and continued by load_state_dict; by default none is kept.
+
+    A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
+    that raises or returns no mixture costs a warning and an event in the record: the weights stay.
+    Raises ConfigError, or what the policy's reset raises, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        loader: MixLoader,
+        policy: str | Policy = "agent",
+        *,
+        decide_every: int = 1,
+        lag: int = 1,
+        token_budget: int | None = None,
+        device: torch.device | str = "cpu",
+        record: str | Path | None = None,
+        **policy_options: Any,
+    ):
+        _check_arguments(loader, decide_every=(decide_every, 1), lag=(lag, 0), token_budget=(token_budget, 1))
+        self.loader, self.decide_every, self.lag = loader, decide_every, lag
+        step_tokens = loader.global_batch * loader.seq_len
+        if token_budget is None and loader.max_steps:
+            token_budget = loader.max_steps * step_tokens
+        self.token_budget = token_budget
+        self.policy = make_policy(policy, **policy_options)
+        if "influence" in self.policy.needs:
+            raise ConfigError("the policy needs the signal 'influence', which a Mixer does not measure")
+        self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
+        self.stats = DomainStats(len(loader.names), device)
+        self.waits = 0
+        """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
+
+        self._before_reset = loader.state_dict()
+        weights = self.policy.reset(loader.table)
+        if weights is not None:
+            loader.set_weights(quantize(as_weights(weights, loader.names)))
+        self._after_reset = stream = loader.state_dict()
+        self._next = stream["step"]  # the plan step that the next step() ends
+        self._version = stream["weights_version"]  # of the loader's weights, after our last change
+        self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
+        cursors = np.array(stream["cursors"], dtype=np.int64)
+        builder = ObservationBuilder(loader.windows, loader.seq_len, token_budget, self._next - 1, cursors)
+        self._decider = Decider(self.policy, loader.table, builder)
+        self._feedback: dict[str, tuple[float, int]] = {}
+        self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
+        self._snapshots: list[StatsSnapshot] = []
+        self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
+        self._pending: deque[_Pending] = deque()
+        self._warned = self._closed = False
+        self._path = None if record is None else Path(record)
+        self._record: Recorder | None = None
+        self._header = self._make_header()
+
+    def step(self) -> None:
+        """End a plan step: hand its statistics to the policy, and apply the decision that is due.
+
+        Raises StatsError for bad tokens in the statistics (`lag` steps after they were counted),
+        RecordError if the record cannot be written, MixLoaderError if the loader is not at the end of
+        the plan step.
+        """
+        if self._closed:
+            raise MixLoaderError("the mixer is closed")
+        step, stream = self._next, self.loader.state_dict()
+        if (stream["step"], stream["rows"]) != (step + 1, 0):
+            raise MixLoaderError(
+                f"mixer.step() was called to end plan step {step}, but the loader stands {stream['rows']} rows into "
+                f"step {stream['step']}; call it once after each optimizer step, when all micro-batches of that step "
+                "and none of the next were drawn"
+            )
+        self._next = step + 1
+        self._notice_changes(stream)
+        drawn = [units for start, _, units in stream["weights"] if start <= step][-1]
+        if drawn != self._in_force:
+            self._in_force = drawn
+            self._write_event("weights", step, weights=drawn)
+        if self._next % self.decide_every == 0:
+            self._submit(step, stream)
+        elif self._next % self._snapshot_every == 0:
+            self._snapshots.append(self.stats.snapshot())
+        self._collect()
+
+    def feedback(self, losses: Mapping[str, float]) -> None:
+        """Tell the policy, from its next decision on, what an evaluation found.
+
+        losses: nats a token, lower is better, by name: "source", "target" or a domain's.
+        """
+        known = {"source", "target", *self.loader.names}
+        values = {name: float(value) for name, value in losses.items()}
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(f"feedback for {name!r}; expected 'source', 'target' or a domain's name")
+            if not math.isfinite(value):
+                raise ConfigError(f"the feedback for {name!r} is {value}; expected a finite number")
+        step = self._next - 1
+        self._feedback.update({name: (value, step) for name, value in values.items()})
+        self._write_event("feedback", step, losses=values)
+
+    # The clock
+
+    def _notice_changes(self, stream: Mapping[str, Any]) -> None:
+        """If the mixture was changed by hand, decisions under way did not know of it."""
+        if stream["weights_version"] != self._version:
+            self._version = stream["weights_version"]
+            for pending in self._pending:
+                pending.stale = True
+
+    def _submit(self, step: int, stream: Mapping[str, Any]) -> None:
+        effect = step + 1 + self.lag
+        changes = [start for start, _, _ in stream["weights"]]
+        # A change by hand between an earlier decision's effect and this one's will have ended the earlier one.
+        earlier = [
+            pending.future
+            for pending in self._pending
+            if not pending.stale and not any(pending.effect < start <= effect for start in changes)
+        ]
+        task = Task(
+            step=step,
+            effect=effect,
+            cursors=np.array(stream["cursors"], dtype=np.int64),
+            units=self.loader.units_at(effect),
+            earlier=earlier,
+            feedback=dict(self._feedback),
+            sums=self._sums,
+            snapshots=[*self._snapshots, self.stats.snapshot()],
+        )
+        self._snapshots, self._sums = [], np.zeros_like(self._sums)
+        self._pending.append(_Pending(effect, self._decider.submit(task)))
+
+    def _collect(self) -> None:
+        """Apply what takes effect at the next step."""
+        while self._pending and self._pending[0].effect <= self._next:
+            pending = self._pending[0]
+            self.waits += self.lag > 0 and not pending.future.done()
+            try:
+                decision = pending.future.result()
+            except Exception as error:
+                self._pending.popleft()
+                self._write_event("stats_error", self._next - 1, error=str(error))
+                raise
+            self._pending.popleft()
+            if decision.units is not None and not pending.stale:
+                self.loader.set_weights(decision.units, step=pending.effect)
+                self._version += 1
+                self._in_force = decision.units.tolist()
+            self._write_decision(decision, at=self._next - 1)
+            if decision.error is not None and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"policy {self._policy['name']!r} failed after plan step {decision.step}: {decision.error}; the "
+                    "last weights stay. Later failures are only told in the record",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to decide as this one; JSON-able, exact, a few KB.
+
+        Waits for the decisions under way, and until the record is on the disk. Save it together with
+        the state of the loader, between step() and the next batch.
+        """
+        stream = self.loader.state_dict()
+        if stream["step"] != self._next:
+            raise MixLoaderError(
+                f"the state was asked for at plan step {stream['step']}, but mixer.step() has not ended step "
+                f"{self._next} yet; call it before saving"
+            )
+        self._notice_changes(stream)
+        self._collect()
+        self._snapshots.append(self.stats.snapshot())
+        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
+        self._snapshots = []
+        pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.flush()
+        return {
+            "version": STATE_VERSION,
+            "domains": list(self.loader.names),
+            "decide_every": self.decide_every,
+            "lag": self.lag,
+            "policy": self._policy["name"],
+            "step": self._next,
+            "weights_version": self._version,
+            "in_force": self._in_force,
+            "decider": self._decider.state_dict(),
+            "feedback": {name: list(entry) for name, entry in self._feedback.items()},
+            "sums": self._sums.tolist(),
+            "pending": [{**decision, "stale": stale} for decision, stale in pending],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. The loader's state of the same moment must be loaded, too.
+
+        Goes on with the record of the run. Raises StateError if the state is of another run or moment.
+        """
+        self._check_state(state)
+        for pending in self._pending:
+            pending.future.exception()
+        self._decider.load_state_dict(state["decider"])
+        self._next, self._version = state["step"], state["weights_version"]
+        self._in_force = list(state["in_force"])
+        self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
+        self.stats.snapshot()  # whatever was counted since is not part of the state
+        self._snapshots, self._sums = [], np.array(state["sums"], dtype=np.int64)
+        self._pending.clear()
+        for entry in state["pending"]:
+            decision = Decision.from_json({key: value for key, value in entry.items() if key != "stale"})
+            future: Future[Decision] = Future()
+            future.set_result(decision)
+            self._pending.append(_Pending(decision.effect, future, entry["stale"]))
+        if self._record is not None:
+            self._record.close()
+        if self._path is not None:
+            self._record = Recorder(self._path, self._header, resume_step=self._next)
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        own = {
+            "version": STATE_VERSION,
+            "domains": list(self.loader.names),
+            "decide_every": self.decide_every,
+            "lag": self.lag,
+            "policy": self._policy["name"],
+        }
+        for key, value in own.items():
+            if state.get(key) != value:
+                raise StateError(
+                    f"the mixer state has {key} {state.get(key)!r}; this mixer has {value!r}; resume with the settings "
+                    "of the run that saved it"
+                )
+        stream = self.loader.state_dict()
+        if stream == self._after_reset and stream["weights_version"] != state["weights_version"]:
+            # The loader was resumed before this Mixer was made, which then began a new run on it.
+            self.loader.load_state_dict(self._before_reset)
+            stream = self._before_reset
+        for key in ("step", "weights_version"):
+            if stream[key] != state[key]:
+                raise StateError(
+                    f"the mixer state has {key} {state[key]}, but the loader has {stream[key]}; load the state that "
+                    "the loader had when the mixer's was saved"
+                )
+
+    # The record
+
+    def _recorder(self) -> Recorder | None:
+        """The record, begun here if this run is new; load_state_dict continues one instead."""
+        if self._record is None and self._path is not None:
+            self._record = Recorder(self._path, self._header)
+        return self._record
+
+    def _write_event(self, event: str, step: int, **values: Any) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.event(event, step=step, **values)
+
+    def _write_decision(self, decision: Decision, at: int) -> None:
+        recorder = self._recorder()
+        if recorder is None:
+            return
+        recorder.decision(
+            step=decision.step,
+            effect=decision.effect,
+            tokens=decision.tokens,
+            weights=self._in_force,
+            counts=decision.counts,
+            loss=decision.loss,
+            loss_tokens=decision.loss_tokens,
+            feedback=decision.feedback,
+        )
+        if decision.error is not None:
+            recorder.event("policy_error", step=at, source=decision.step, error=decision.error)
+
+    def _make_header(self) -> dict[str, Any]:
+        loader = self.loader
+        return {
+            "mixloader": version("mixloader"),
+            "manifest": loader.manifest.fingerprint,
+            "seed": loader.seed,
+            "global_batch": loader.global_batch,
+            "batch_size": loader.batch_size,
+            "seq_len": loader.seq_len,
+            "step": self._next,
+            "domains": list(loader.names),
+            "fields": list(loader.table.fields),
+            "weights": self._in_force,
+            "policy": self._policy,
+            "decide_every": self.decide_every,
+            "lag": self.lag,
+            "token_budget": self.token_budget,
+            "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": str(torch.__version__)},
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    # The end
+
+    def close(self) -> None:
+        """Record the decisions still under way (they are not applied), end the policy's thread and the record."""
+        self._close(finish=True)
+
+    def __enter__(self) -> Mixer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(finish=kind is None)
+
+    def _close(self, finish: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if finish:
+                self._finish()
+        finally:
+            self._decider.close()
+            if self._record is not None:
+                self._record.close()
+
+    def _finish(self) -> None:
+        for pending in self._pending:
+            decision = pending.future.result()
+            if decision.units is not None and not pending.stale:
+                self._in_force = decision.units.tolist()
+            self._write_decision(decision, at=self._next)
+        if self._record is not None:
+            self._record.event("end", step=self._next)
+
+
+def _check_arguments(loader: MixLoader, **counts: tuple[int | None, int]) -> None:
+    if loader.world_size != 1:
+        raise ConfigError(
+            f"the loader has world_size {loader.world_size}; a Mixer sees the losses of its own process only, so for "
+            "now it works in a single one"
+        )
+    for name, (value, least) in counts.items():
+        if value is not None and (type(value) is not int or value < least):
+            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
