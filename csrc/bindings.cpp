@@ -85,7 +85,7 @@ StreamState from_dict(const py::dict& dict) {
 
 // A Streamer and the Python arrays that it writes to.
 struct Engine {
-  std::deque<std::array<Int64Array, 3>> arrays;
+  std::deque<std::array<Int64Array, 2>> arrays;
   Streamer streamer;  // last: its threads are joined before the arrays go
 };
 
@@ -105,14 +105,14 @@ class PyStreamer {
   PyStreamer(const PyStreamer&) = delete;
   PyStreamer& operator=(const PyStreamer&) = delete;
 
-  void submit(Int64Array inputs, Int64Array targets, Int64Array domains) {
+  // tokens [2, B, T]: inputs, then targets. domains [B].
+  void submit(Int64Array tokens, Int64Array domains) {
     const auto engine = checked();
-    const std::size_t tokens = layout_.batch_size * seq_len_;
-    const BatchBuffers buffers{writable(inputs, tokens),
-                               writable(targets, tokens),
+    const std::size_t half = layout_.batch_size * seq_len_;
+    const auto both = writable(tokens, 2 * half);
+    const BatchBuffers buffers{both.first(half), both.last(half),
                                writable(domains, layout_.batch_size)};
-    engine->arrays.push_back(
-        {std::move(inputs), std::move(targets), std::move(domains)});
+    engine->arrays.push_back({std::move(tokens), std::move(domains)});
     engine->streamer.submit(buffers);
   }
 
@@ -236,8 +236,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("vocab_size"), py::arg("seed"), py::arg("batch_size"),
            py::arg("micro_batches"), py::arg("world_size"), py::arg("rank"),
            py::arg("units"), py::arg("threads"))
-      .def("submit", &PyStreamer::submit, py::arg("inputs").noconvert(),
-           py::arg("targets").noconvert(), py::arg("domains").noconvert())
+      .def("submit", &PyStreamer::submit, py::arg("tokens").noconvert(),
+           py::arg("domains").noconvert())
       .def("next", &PyStreamer::next)
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())

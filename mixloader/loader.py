@@ -102,7 +102,7 @@ class MixLoader:
 
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._depth = max(1, num_workers * prefetch_factor)
-        self._buffers: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque()
+        self._buffers: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         self._core = _core.Streamer(
             domains=[
                 (domain_key(d.name), [(str(s.path), s.offset, s.tokens, s.width) for s in d.shards])
@@ -132,7 +132,8 @@ class MixLoader:
         while len(self._buffers) < self._depth:
             self._submit()
         step, micro_step, version = self._core.next()
-        inputs, targets, domain_ids = self._buffers.popleft()
+        tokens, domain_ids = self._buffers.popleft()
+        inputs, targets = tokens.unbind()
         self._submit()
         self._advance(step, micro_step + 1)
         return {
@@ -234,12 +235,12 @@ class MixLoader:
     # Helpers
 
     def _submit(self) -> None:
-        shape = (self.batch_size, self.seq_len)
-        inputs = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
-        targets = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
+        # Inputs and targets share one allocation: on the caller's thread it costs more than the rest.
+        shape = (2, self.batch_size, self.seq_len)
+        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
         domain_ids = torch.empty(self.batch_size, dtype=torch.int64, pin_memory=self._pin_memory)
-        self._core.submit(inputs.numpy(), targets.numpy(), domain_ids.numpy())
-        self._buffers.append((inputs, targets, domain_ids))
+        self._core.submit(tokens.numpy(), domain_ids.numpy())
+        self._buffers.append((tokens, domain_ids))
 
     def _advance(self, step: int, micro_step: int) -> None:
         last = micro_step == self.grad_accumulation_steps
