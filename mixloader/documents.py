@@ -47,13 +47,19 @@ class Documents:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE (Radford et al. 2019) of at most `vocab_size` ids, "<|endoftext|>" among them.
 
-    Raises ConfigError below 257 ids, one for each byte and the end of text.
+    Digits stay single, so that numbers are written the same way wherever they stand. Raises ConfigError
+    below 257 ids, one for each byte and the end of text.
     """
     if vocab_size < 257:
         raise ConfigError(f"vocab_size is {vocab_size}; expected at least 257: the 256 bytes and {END_OF_TEXT}")
     tokenizers = import_tokenizers()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mixloader.errors import ManifestError, ShardError
+from mixloader.files import replace
 from mixloader.formats import Shard, open_shard
 from mixloader.mixture import Weights, as_weights
 from mixloader.observation import DomainTable
@@ -165,12 +166,7 @@ class Manifest:
                 for domain in self.domains
             ],
         }
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace(path, json.dumps(content, indent=1) + "\n")
 
 
 def _refuse_constant(name: str) -> None:

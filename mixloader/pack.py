@@ -8,7 +8,6 @@ the old one.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mixloader.errors import ManifestError, TokenError
+from mixloader.files import replace
 from mixloader.formats import LLMC_HEADER, LLMC_MAGIC, Shard, open_shard
 from mixloader.manifest import Domain, Manifest
 
@@ -51,12 +51,7 @@ def write_shard(path: str | Path, tokens: np.ndarray, *, vocab_size: int) -> Sha
     header = np.zeros(LLMC_HEADER // 4, dtype="<i4")
     header[:3] = magic, version, len(tokens)
     content = header.tobytes() + tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace(path, content)
     shard = open_shard(path)
     digest = hashlib.sha256(content).hexdigest()
     return Shard(shard.path, shard.format, shard.dtype, shard.offset, shard.tokens, shard.bytes, digest)

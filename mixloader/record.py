@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mixloader.errors import RecordError
+from mixloader.files import sync
 from mixloader.loader import MixLoader
 from mixloader.manifest import Manifest
 from mixloader.mixture import WEIGHT_ONE
@@ -59,7 +60,7 @@ class Recorder:
                 else:
                     attempt = _check_continues(self.path, self._file, header) + 1
                     self._write_line({"type": "event", "event": "resume", "attempt": attempt, "step": resume_step})
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
             except BaseException:
                 os.close(self._file)
                 raise
@@ -202,15 +203,6 @@ def _check_continues(path: Path, file: int, header: Mapping[str, Any]) -> int:
             )
     os.ftruncate(file, end)
     return attempts
-
-
-def _sync_folder(folder: Path) -> None:
-    """So that a new file's name outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

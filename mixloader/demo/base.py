@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING
 
 from mixloader import documents
 from mixloader.config import ModelConfig, TrainConfig
-from mixloader.demo.corpus import Corpus, build_corpus, pack_corpus
+from mixloader.demo.corpus import build_corpus, pack_corpus
 from mixloader.errors import StateError
 from mixloader.manifest import Manifest
-from mixloader.pack import END_OF_TEXT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,27 +54,6 @@ def base_model() -> ModelConfig:
     return ModelConfig(**json.loads(header["model"]))
 
 
-def train_tokenizer(corpus: Corpus) -> Tokenizer:
-    """A byte-level BPE of VOCAB_SIZE ids from all training documents."""
-    library = documents.import_tokenizers()
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [
-            library.pre_tokenizers.Digits(individual_digits=True),
-            library.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for texts in corpus.train.values() for text in texts), trainer)
-    return tokenizer
-
-
 def source_only(manifest: Manifest) -> Manifest:
     """The part of `manifest` that the base model may read."""
     return dataclasses.replace(manifest, domains=tuple(d for d in manifest.domains if d.field == "source"))
@@ -95,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (data / "source.json").exists():
         # More of every domain than the demo reads; what the demo holds out stays held out at any scale.
         corpus = build_corpus(scale=3.0)
-        manifest = pack_corpus(corpus, data, train_tokenizer(corpus))
+        texts = (text for texts in corpus.train.values() for text in texts)
+        manifest = pack_corpus(corpus, data, documents.train_tokenizer(texts, VOCAB_SIZE))
         source_only(manifest).save(data / "source.json")
     config = TrainConfig(
         data=str(data / "source.json"),

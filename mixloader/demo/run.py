@@ -32,6 +32,7 @@ from mixloader.config import TrainConfig
 from mixloader.demo.base import PARAMETERS, SEQ_LEN, base_model, digest, load_tokenizer
 from mixloader.demo.corpus import build_corpus, pack_corpus
 from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.files import replace
 from mixloader.manifest import Manifest
 from mixloader.policies import make_policy
 from mixloader.train.trainer import train
@@ -105,7 +106,7 @@ def check_settings(settings: Settings) -> None:
     given = {"steps": settings.steps, "scale": settings.scale, "base": digest(PARAMETERS)}
     path = settings.out / "demo.json"
     if not path.exists():
-        _replace(path, given)
+        replace(path, json.dumps(given, indent=1) + "\n")
     former = json.loads(path.read_text(encoding="utf-8"))
     for key, value in given.items():
         if former[key] != value:
@@ -130,7 +131,7 @@ def prepare(settings: Settings) -> None:
             "notes": corpus.notes,
             "seconds": round(time.monotonic() - started, 1),
         }
-        _replace(done, summary)
+        replace(done, json.dumps(summary, indent=1) + "\n")
     summary = json.loads(done.read_text(encoding="utf-8"))
     for name, size in summary["bytes"].items():
         print(f"  {name:14} {size / 1e6:5.2f} MB {summary['tokens'][name]:9,} tokens   {summary['fields'][name]}")
@@ -138,13 +139,6 @@ def prepare(settings: Settings) -> None:
         print(f"  {note}")
     total = sum(summary["bytes"].values()) / 1e6
     print(f"  {len(summary['bytes'])} domains, {total:.1f} MB, collected and packed in {summary['seconds']} s")
-
-
-def _replace(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that a kill leaves the former file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 # The runs

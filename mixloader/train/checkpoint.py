@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixloader.errors import MixLoaderError, StateError
+from mixloader.files import sync
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -128,15 +128,6 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def sync(path: Path) -> None:
-    """Force a file's or a folder's contents to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mixloader.errors import ConfigError, StateError
-from mixloader.train.checkpoint import latest_checkpoint, read_state, sync
+from mixloader.files import replace
+from mixloader.train.checkpoint import latest_checkpoint, read_state
 
 FREE_KEYS = frozenset(
     {"data", "out", "init_from", "checkpoint_every", "keep_checkpoints", "log_every", "device", "threads"}
@@ -106,12 +106,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that, whenever the process dies, it holds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mixloader.config import TrainConfig
 from mixloader.errors import ConfigError
 from mixloader.evaluate import held_out_loss
+from mixloader.files import replace, sync
 from mixloader.loader import MixLoader
 from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
@@ -30,7 +31,7 @@ from mixloader.mixer import Mixer
 from mixloader.train import checkpoint as checkpoints
 from mixloader.train.model import build_model
 from mixloader.train.optimizer import build_optimizer, learning_rate_at
-from mixloader.train.run import RunFolder, replace
+from mixloader.train.run import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class Trainer:
             "held_out": self.held_out,
             "seconds": self.seconds,
         }
-        checkpoints.sync(self.folder.metrics)
+        sync(self.folder.metrics)
         checkpoints.save_checkpoint(self.folder.path, self.step, self.model, self.optimizer, state)
         checkpoints.remove_old(self.folder.path, self.config.keep_checkpoints)
 
