@@ -90,11 +90,13 @@ class MixLoader:
             raise ValueError(f"rank is {rank}, but world_size is {world_size}; ranks count from 0")
         self.manifest = Manifest.open(data)
         self.names = self.manifest.names
-        self.batch_size, self.seq_len = batch_size, seq_len
-        self.world_size, self.rank, self.seed = world_size, rank, seed
-        self.grad_accumulation_steps = _accumulation(grad_accumulation_steps, global_batch, world_size, batch_size)
-        self.global_batch = world_size * batch_size * self.grad_accumulation_steps
-        self.max_steps = max_steps
+        self.batch_size, self.seq_len = int(batch_size), int(seq_len)
+        self.world_size, self.rank, self.seed = int(world_size), int(rank), int(seed)
+        self.grad_accumulation_steps = _accumulation(
+            grad_accumulation_steps, global_batch, self.world_size, self.batch_size
+        )
+        self.global_batch = self.world_size * self.batch_size * self.grad_accumulation_steps
+        self.max_steps = None if max_steps is None else int(max_steps)
         self.vocab_size = self.manifest.vocab_size if vocab_size is None else vocab_size
         self.windows = self._windows(seq_len)
         units = self._units(self.manifest.table().prior if weights is None else weights)
@@ -324,7 +326,7 @@ def _accumulation(steps: int | None, global_batch: int | None, world_size: int, 
     rows = world_size * batch_size
     if global_batch is None:
         _check_counts(grad_accumulation_steps=(1 if steps is None else steps, 1))
-        return 1 if steps is None else steps
+        return 1 if steps is None else int(steps)
     _check_counts(global_batch=(global_batch, 1))
     if global_batch % rows or steps not in (None, global_batch // rows):
         raise ValueError(
@@ -332,10 +334,10 @@ def _accumulation(steps: int | None, global_batch: int | None, world_size: int, 
             f"{batch_size} rows{'' if steps is None else f' and {steps} accumulation steps'}; "
             f"give a multiple of {rows}"
         )
-    return global_batch // rows
+    return int(global_batch) // rows
 
 
 def _check_counts(**counts: tuple[int, int]) -> None:
     for name, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}; expected an integer >= {least}")
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 1 << 64:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}, in 64 bits")

@@ -258,11 +258,22 @@ def test_a_global_batch_that_the_ranks_do_not_divide_is_refused(data):
         ({"num_workers": -1}, "num_workers is -1"),
         ({"prefetch_factor": 0}, "prefetch_factor is 0"),
         ({"max_steps": -1}, "max_steps is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 64}, "in 64 bits"),
+        ({"grad_accumulation_steps": True}, "grad_accumulation_steps is True"),
     ],
 )
 def test_counts_out_of_range_are_refused(data, arguments, message):
     with pytest.raises(ValueError, match=message):
         MixLoader(data, **{"batch_size": 4, "seq_len": 8, **arguments})
+
+
+def test_numpy_integers_are_integers(data):
+    with MixLoader(data, np.int64(4), np.int32(8), seed=np.uint64(7), global_batch=np.int64(8)) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+        assert next(loader)["input_ids"].shape == (4, 8)
+    with MixLoader(data, 4, 8, seed=7, grad_accumulation_steps=2) as loader:
+        assert loader.state_dict() == state
 
 
 @pytest.mark.parametrize("name", ["collate_fn", "sampler", "shuffle", "worker_init_fn", "batchsize"])
