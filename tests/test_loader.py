@@ -276,6 +276,17 @@ def test_numpy_integers_are_integers(data):
         assert loader.state_dict() == state
 
 
+def test_rank_and_world_size_come_from_torch_distributed(data, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 2)
+    with MixLoader(data, 2, 8, global_batch=12) as loader, MixLoader(data, 12, 8, world_size=1, rank=0) as whole:
+        assert (loader.world_size, loader.rank, loader.grad_accumulation_steps) == (3, 2, 2)
+        rows = next(whole)["input_ids"]
+        assert torch.equal(next(loader)["input_ids"], rows[4:6])
+        assert torch.equal(next(loader)["input_ids"], rows[10:12])
+
+
 @pytest.mark.parametrize("name", ["collate_fn", "sampler", "shuffle", "worker_init_fn", "batchsize"])
 def test_arguments_that_cannot_be_honoured_are_refused_with_a_reason(data, name):
     with pytest.raises(TypeError, match=f"cannot honour {name}=: .+"):
