@@ -7,6 +7,7 @@ allocated here, so a batch may be kept for as long as one likes.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,6 +123,7 @@ class MixLoader:
         )
 
         self._step, self._micro_step = 0, 0  # of the next batch
+        self._drawing = threading.Lock()  # two threads that draw get whole batches, each its own
 
     # The stream
 
@@ -129,15 +131,16 @@ class MixLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        if self.max_steps is not None and self._step >= self.max_steps:
-            raise StopIteration
-        while len(self._buffers) < self._depth:
+        with self._drawing:
+            if self.max_steps is not None and self._step >= self.max_steps:
+                raise StopIteration
+            while len(self._buffers) < self._depth:
+                self._submit()
+            step, micro_step, version = self._core.next()
+            tokens, domain_ids = self._buffers.popleft()
             self._submit()
-        step, micro_step, version = self._core.next()
-        tokens, domain_ids = self._buffers.popleft()
+            self._advance(step, micro_step + 1)
         inputs, targets = tokens.unbind()
-        self._submit()
-        self._advance(step, micro_step + 1)
         return {
             "input_ids": inputs,
             "targets": targets,
@@ -219,9 +222,10 @@ class MixLoader:
             old = self._windows(state["seq_len"])
             epochs = [-(-cursor // int(n)) for cursor, n in zip(core["cursors"], old, strict=True)]
             core["cursors"] = [epoch * int(n) for epoch, n in zip(epochs, self.windows, strict=True)]
-        self._core.load_state(core)
-        self._step = state["step"]
-        self._micro_step = state["rows"] // (self.batch_size * self.world_size)
+        with self._drawing:
+            self._core.load_state(core)
+            self._step = state["step"]
+            self._micro_step = state["rows"] // (self.batch_size * self.world_size)
 
     def close(self) -> None:
         """End the reader threads and drop what they read ahead."""

@@ -387,6 +387,21 @@ def test_weights_may_change_from_other_threads_while_batches_are_drawn(data):
     assert mixed <= 1, "only the first step, before any change, may hold several domains"
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_threads_that_draw_together_get_each_batch_once(data, num_workers):
+    with MixLoader(data, 4, 8, seed=3, max_steps=400, num_workers=num_workers) as loader:
+        expected = {batch["step"]: batch["input_ids"] for batch in loader}
+    drawn = []
+    with MixLoader(data, 4, 8, seed=3, max_steps=400, num_workers=num_workers) as loader:
+        threads = [threading.Thread(target=lambda: drawn.extend(loader)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(batch["step"] for batch in drawn) == sorted(expected)
+    assert all(torch.equal(batch["input_ids"], expected[batch["step"]]) for batch in drawn)
+
+
 def run_python(code, *arguments, timeout=60):
     """A scenario that may hang or crash, in a process of its own."""
     return subprocess.run(
