@@ -284,7 +284,7 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
         changes=[
             (line.get("effect", line["step"]), line["weights"])
             for line in kept
-            if line["type"] == "decision" or line["event"] == "weights"
+            if (decisions[line["step"]] is line if line["type"] == "decision" else line["event"] == "weights")
         ],
         attempts=attempts,
         torn=torn,

@@ -72,6 +72,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(data, tmp_path):
     assert killed.attempts == 3
     assert expected.attempts == 1
     assert killed.decisions == expected.decisions
+    assert killed.changes == expected.changes
     assert killed.events == expected.events
     results = [json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "whole")]
     assert results[0]["losses_after"] == results[1]["losses_after"]

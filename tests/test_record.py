@@ -441,6 +441,7 @@ def test_a_canonical_record_is_that_of_the_run_without_its_lost_parts(tmp_path_f
     assert [d["weights"][0] for d in record.decisions] == [
         quantize(np.array([decisions[s], 1 - decisions[s]]))[0] for s in sorted(decisions)
     ]
+    assert [units for _, units in record.changes] == [d["weights"] for d in record.decisions]
     assert [event["step"] for event in record.events] == events
     assert record.attempts == len(attempts)
 

@@ -56,6 +56,7 @@ def assert_same_run(result, expected) -> None:
         assert (result.checkpoint / name).read_bytes() == (expected.checkpoint / name).read_bytes(), name
     mine, theirs = read_record(result.record), read_record(expected.record)
     assert mine.decisions == theirs.decisions
+    assert mine.changes == theirs.changes
     assert mine.events == theirs.events
     assert metrics(result) == metrics(expected)
     assert result.losses_before == expected.losses_before
