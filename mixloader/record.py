@@ -211,7 +211,7 @@ class RunRecord:
 
     header, decisions, events: lines as docs/record.md has them, decisions in the order of their
     steps, events as they came; resumes are not among them. attempts: 1 + number of resumes.
-    changes: (step, units) in the order in which they were made; of one step, the last one holds.
+    changes: (step, units) in the order of their steps; of one step, the last one holds.
     torn: the last line was cut off and is left out.
     """
 
@@ -277,15 +277,16 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
             kept.append(line)
     # Decisions that were under way at a checkpoint were made and written once more after the resume.
     decisions = {line["step"]: line for line in kept if line["type"] == "decision"}
+    changes = [
+        (line.get("effect", line["step"]), line["weights"])
+        for line in kept
+        if (decisions[line["step"]] is line if line["type"] == "decision" else line["event"] == "weights")
+    ]
     return RunRecord(
         header=header,
         decisions=[decisions[step] for step in sorted(decisions)],
         events=[line for line in kept if line["type"] == "event"],
-        changes=[
-            (line.get("effect", line["step"]), line["weights"])
-            for line in kept
-            if (decisions[line["step"]] is line if line["type"] == "decision" else line["event"] == "weights")
-        ],
+        changes=sorted(changes, key=lambda change: change[0]),
         attempts=attempts,
         torn=torn,
     )
