@@ -54,6 +54,13 @@ def test_the_stub_names_what_the_core_has():
     assert methods == {name for name in dir(_core.Streamer) if not name.startswith("_")}
 
 
+def test_the_constraints_leave_triton_to_torch():
+    """A CUDA build of torch requires one version of triton; another pin would leave pip without a solution."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert any(line.startswith("torch==") for line in lines)
+    assert not any(line.startswith("triton") for line in lines)
+
+
 def test_torch_is_no_build_requirement_and_the_extras_are_there():
     pyproject = (ROOT / "pyproject.toml").read_text()
     build = pyproject[pyproject.index("[build-system]") : pyproject.index("[project]")]
