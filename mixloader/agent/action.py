@@ -18,6 +18,12 @@ RATE = 24.0
 LARGEST = 1.0
 """Largest change of a log weight in one decision, however many tokens it covers."""
 
+FLOOR = 0.1
+"""By default, the part of its prior weight that every domain keeps."""
+
+CAP = 0.95
+"""By default, the most that one domain gets, or its prior weight where that is larger."""
+
 MARGIN = 0.5
 """A feature is strange when it lies outside its training range by more than this part of the range's width."""
 

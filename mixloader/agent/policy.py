@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mixloader.agent.action import act, bound
+from mixloader.agent.action import CAP, FLOOR, act, bound
 from mixloader.agent.features import field_codes, make_features, new_state, update_state
 from mixloader.agent.network import Parameters, forward, load_parameters
 from mixloader.errors import ConfigError, StateError
@@ -36,7 +36,7 @@ class Agent:
     needs: frozenset[str] = frozenset({"loss"})
 
     def __init__(
-        self, preference: float = 0.5, floor: float = 0.1, cap: float = 0.95, parameters: str | Path | None = None
+        self, preference: float = 0.5, floor: float = FLOOR, cap: float = CAP, parameters: str | Path | None = None
     ):
         for name, value in (("preference", preference), ("floor", floor), ("cap", cap)):
             if not 0 <= value <= 1:

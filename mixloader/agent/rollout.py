@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixloader.agent.action import act, bound, project, soft_step
+from mixloader.agent.action import CAP, FLOOR, act, bound, project, soft_step
 from mixloader.agent.features import N_DOMAIN, N_GLOBAL, STATE_ROWS, make_features, update_state
 from mixloader.agent.network import Parameters, SetNetwork, forward
 from mixloader.agent.simulator import Episodes, Simulator
-
-FLOOR, CAP = 0.1, 0.95  # of the policy, by default
 
 Decide = Callable[["Watcher", Tensor], Tensor]
 """Next weights [B, D] from what was seen and the weights in force."""
