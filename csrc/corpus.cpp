@@ -54,7 +54,7 @@ template <typename Token>
   while (*bad < vocab_size) ++bad;
   const auto position = start + static_cast<std::uint64_t>(bad - tokens);
   throw TokenError(
-      "shard " + shard.path + " holds token id " + std::to_string(*bad) +
+      "shard " + shard.name + " holds token id " + std::to_string(*bad) +
       " at token " + std::to_string(position) + " (byte " +
       std::to_string(shard.offset + position * shard.width) +
       "), but the vocabulary has " + std::to_string(vocab_size) +
@@ -64,29 +64,33 @@ template <typename Token>
 
 }  // namespace
 
-Corpus::Corpus(std::vector<Domain> domains, std::uint64_t seq_len,
-               std::uint64_t vocab_size)
-    : domains_(std::move(domains)), seq_len_(seq_len), vocab_size_(vocab_size) {
+Corpus::Corpus(std::vector<Domain> domains, CorpusOptions options)
+    : domains_(std::move(domains)), options_(options) {
+  std::vector<std::string> paths;
   for (const Domain& domain : domains_) {
+    first_shard_.push_back(static_cast<std::uint32_t>(paths.size()));
     std::uint64_t windows = 0;
     auto& ends = window_ends_.emplace_back();
     for (const Shard& shard : domain.shards) {
-      windows += shard.tokens > 0 ? (shard.tokens - 1) / seq_len_ : 0;
+      windows += shard.windows;
       ends.push_back(windows);
+      paths.push_back(shard.path);
     }
   }
+  locations_ = std::make_unique<Locations>(std::move(paths));
 }
 
-std::shared_ptr<const File> Corpus::open(const Shard& shard) const {
+std::shared_ptr<const File> Corpus::open(const Shard& shard,
+                                         std::uint32_t number) const {
   const std::lock_guard lock(mutex_);
   if (const auto found = open_.find(&shard); found != open_.end()) {
     return found->second;
   }
-  auto file = std::make_shared<const File>(shard.path);
+  auto file = std::make_shared<const File>(locations_->wait(number));
   const std::uint64_t end = shard.offset + shard.tokens * shard.width;
   if (file->size() < end) {
     throw ShardError(
-        "shard " + shard.path + " has " + std::to_string(file->size()) +
+        "shard " + shard.name + " has " + std::to_string(file->size()) +
         " bytes, but its " + std::to_string(shard.tokens) + " tokens need " +
         std::to_string(end) + "; it was truncated or replaced: restore it");
   }
@@ -99,28 +103,34 @@ std::shared_ptr<const File> Corpus::open(const Shard& shard) const {
   return file;
 }
 
-void Corpus::read_window(std::uint32_t domain, std::uint64_t window,
-                         std::span<std::int64_t> inputs,
-                         std::span<std::int64_t> targets,
-                         std::vector<std::byte>& scratch) const {
+RowPlace Corpus::locate(std::uint32_t domain, std::uint64_t window) const {
   const auto& ends = window_ends_[domain];
-  const auto index = static_cast<std::size_t>(
+  const auto index = static_cast<std::uint32_t>(
       std::upper_bound(ends.begin(), ends.end(), window) - ends.begin());
-  const Shard& shard = domains_[domain].shards[index];
   const std::uint64_t first = index == 0 ? 0 : ends[index - 1];
-  const std::uint64_t start = (window - first) * seq_len_;
+  return {index, (window - first) * options_.seq_len};
+}
 
-  scratch.resize((seq_len_ + 1) * shard.width);
-  open(shard)->read(shard.offset + start * shard.width, scratch);
-  const auto* narrow = reinterpret_cast<const std::uint16_t*>(scratch.data());
-  const auto* wide = reinterpret_cast<const std::uint32_t*>(scratch.data());
-  const auto largest =
-      shard.width == 2
-          ? widen16(narrow, seq_len_, inputs.data(), targets.data())
-          : widen32(wide, seq_len_, inputs.data(), targets.data());
-  if (vocab_size_ > 0 && largest >= vocab_size_) {
-    shard.width == 2 ? throw_token_error(shard, start, narrow, vocab_size_)
-                     : throw_token_error(shard, start, wide, vocab_size_);
+void Corpus::read_row(std::uint32_t domain, std::uint64_t window,
+                      const RowBuffers& row, Workspace& workspace) const {
+  const RowPlace place = locate(domain, window);
+  const Shard& shard = domains_[domain].shards[place.shard];
+  const std::uint64_t length = options_.seq_len;
+  auto& bytes = workspace.bytes;
+  bytes.resize((length + 1) * shard.width);
+  open(shard, first_shard_[domain] + place.shard)
+      ->read(shard.offset + place.token * shard.width, bytes);
+  auto* inputs = reinterpret_cast<std::int64_t*>(row.inputs);
+  auto* targets = reinterpret_cast<std::int64_t*>(row.targets);
+  const auto* narrow = reinterpret_cast<const std::uint16_t*>(bytes.data());
+  const auto* wide = reinterpret_cast<const std::uint32_t*>(bytes.data());
+  const auto largest = shard.width == 2
+                           ? widen16(narrow, length, inputs, targets)
+                           : widen32(wide, length, inputs, targets);
+  if (options_.vocab_size > 0 && largest >= options_.vocab_size) {
+    shard.width == 2
+        ? throw_token_error(shard, place.token, narrow, options_.vocab_size)
+        : throw_token_error(shard, place.token, wide, options_.vocab_size);
   }
 }
 

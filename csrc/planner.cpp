@@ -61,9 +61,9 @@ void shuffle_rows(std::uint64_t seed, std::uint64_t step,
 
 }  // namespace
 
-std::vector<PlannedRow> plan_step(std::uint64_t seed, std::uint64_t rows,
-                                  std::span<const std::int64_t> units,
-                                  PlanState& state) {
+std::optional<std::vector<PlannedRow>> plan_step(
+    std::uint64_t seed, std::uint64_t rows, std::span<const std::int64_t> units,
+    [[maybe_unused]] const PlanRules& rules, PlanState& state) {
   for (std::size_t domain = 0; domain < units.size(); ++domain) {
     state.residuals[domain] += static_cast<std::int64_t>(rows) * units[domain];
   }

@@ -10,9 +10,16 @@
 namespace mixloader {
 
 Streamer::Streamer(std::unique_ptr<const Corpus> corpus, std::uint64_t seed,
-                   Layout layout, std::vector<std::int64_t> units,
-                   unsigned threads)
-    : corpus_(std::move(corpus)), seed_(seed), layout_(layout) {
+                   Shuffle shuffle, PlanRules rules, Layout layout,
+                   std::vector<std::int64_t> units, unsigned threads)
+    : corpus_(std::move(corpus)),
+      seed_(seed),
+      rules_(std::move(rules)),
+      layout_(layout) {
+  for (std::uint32_t domain = 0; domain < corpus_->domains(); ++domain) {
+    orders_.emplace_back(seed_, corpus_->key(domain),
+                         corpus_->window_ends(domain), shuffle);
+  }
   unplanned_.cursors.assign(corpus_->domains(), 0);
   unplanned_.residuals.assign(corpus_->domains(), 0);
   weights_.emplace(0, Weights{0, std::move(units)});
@@ -30,6 +37,7 @@ void Streamer::stop() {
     stopped_ = true;
     threads.swap(threads_);
   }
+  corpus_->locations().stop();
   batch_ready_.notify_all();
   // The jthreads stop and join here, without the mutex.
 }
@@ -140,7 +148,7 @@ void Streamer::load_state(StreamState state) {
 
 BatchPosition Streamer::position(std::size_t slot_index) const {
   const std::uint64_t micro_batch = head_micro_batch_ + slot_index;
-  return {head_step_ + micro_batch / layout_.micro_batches,
+  return {false, head_step_ + micro_batch / layout_.micro_batches,
           micro_batch % layout_.micro_batches, 0};
 }
 
@@ -148,11 +156,11 @@ const Streamer::PlannedStep& Streamer::planned(std::uint64_t step) {
   while (head_step_ + planned_.size() <= step) {
     const Weights& weights = weights_in_force(unplanned_.step);
     PlanState before = unplanned_;
-    auto rows =
-        plan_step(seed_, layout_.step_rows(), weights.units, unplanned_);
+    auto rows = plan_step(seed_, layout_.step_rows(), weights.units, rules_,
+                          unplanned_);
     planned_.push_back(
         {std::move(before),
-         std::make_shared<const std::vector<PlannedRow>>(std::move(rows)),
+         std::make_shared<const std::vector<PlannedRow>>(std::move(*rows)),
          weights.version});
   }
   return planned_[step - head_step_];
@@ -209,23 +217,22 @@ void Streamer::write_batch(const std::vector<PlannedRow>& rows,
                            std::uint64_t micro_batch,
                            const BatchBuffers& buffers,
                            Workspace& workspace) const {
-  workspace.permutations.resize(corpus_->domains());
+  workspace.orders.resize(corpus_->domains());
   const std::uint64_t first =
       (micro_batch * layout_.world_size + layout_.rank) * layout_.batch_size;
-  const std::uint64_t length = corpus_->seq_len();
-  for (std::uint64_t i = 0; i < layout_.batch_size; ++i) {
-    const PlannedRow& row = rows[first + i];
-    const std::uint64_t windows = corpus_->windows(row.domain);
-    auto& permutation = workspace.permutations[row.domain];
-    const std::uint64_t epoch = row.draw / windows;
-    if (!permutation || permutation->epoch() != epoch) {
-      permutation.emplace(seed_, corpus_->key(row.domain), epoch, windows);
-    }
-    corpus_->read_window(row.domain, (*permutation)(row.draw % windows),
-                         buffers.inputs.subspan(i * length, length),
-                         buffers.targets.subspan(i * length, length),
-                         workspace.bytes);
-    buffers.domains[i] = row.domain;
+  const std::uint64_t rows_here = layout_.batch_size;
+  const auto part = [rows_here](auto span, std::uint64_t i) {
+    return span.empty() ? nullptr : span.data() + i * (span.size() / rows_here);
+  };
+  for (std::uint64_t i = 0; i < rows_here; ++i) {
+    const auto [domain, draw] = rows[first + i];
+    const std::uint64_t window =
+        orders_[domain].window(draw, workspace.orders[domain]);
+    corpus_->read_row(domain, window,
+                      {part(buffers.inputs, i), part(buffers.targets, i),
+                       part(buffers.positions, i), part(buffers.documents, i)},
+                      workspace.corpus);
+    buffers.domains[i] = domain;
   }
 }
 

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "corpus.h"
-#include "permute.h"
+#include "order.h"
 #include "planner.h"
 
 namespace mixloader {
@@ -34,14 +34,19 @@ struct Layout {
   }
 };
 
-// Buffers of one micro-batch: [batch_size, seq_len] twice, and [batch_size].
+// Buffers of one micro-batch of B rows of T tokens. inputs [B, T], or [B, T +
+// 1] if inputs and targets share it; targets [B, T]; domains [B]; positions and
+// documents [B, T], where asked for.
 struct BatchBuffers {
-  std::span<std::int64_t> inputs;
-  std::span<std::int64_t> targets;
+  std::span<std::byte> inputs;
+  std::span<std::byte> targets;
   std::span<std::int64_t> domains;
+  std::span<std::int64_t> positions;
+  std::span<std::int32_t> documents;
 };
 
 struct BatchPosition {
+  bool end = false;  // the stream has ended: there is no batch
   std::uint64_t step = 0;
   std::uint64_t micro_batch = 0;
   std::uint64_t weights_version = 0;
@@ -66,7 +71,8 @@ class Streamer {
  public:
   // threads 0: batches are filled by the thread that calls next().
   Streamer(std::unique_ptr<const Corpus> corpus, std::uint64_t seed,
-           Layout layout, std::vector<std::int64_t> units, unsigned threads);
+           Shuffle shuffle, PlanRules rules, Layout layout,
+           std::vector<std::int64_t> units, unsigned threads);
   ~Streamer();
   Streamer(const Streamer&) = delete;
   Streamer& operator=(const Streamer&) = delete;
@@ -92,6 +98,8 @@ class Streamer {
   StreamState state() const;
   void load_state(StreamState state);
 
+  const Corpus& corpus() const { return *corpus_; }
+
   // Ends and joins the threads; a next() that waits, and any later one, throws.
   void stop();
 
@@ -108,10 +116,10 @@ class Streamer {
     std::shared_ptr<const std::vector<PlannedRow>> rows;
     std::uint64_t weights_version;
   };
-  // The worker's own: permutations in use and the buffer that reads go to.
+  // The worker's own: orders in use and the buffer that reads go to.
   struct Workspace {
-    std::vector<std::optional<Permutation>> permutations;
-    std::vector<std::byte> bytes;
+    std::vector<WindowOrder::Cache> orders;
+    Corpus::Workspace corpus;
   };
 
   // All below are called with the mutex held.
@@ -130,7 +138,9 @@ class Streamer {
 
   const std::unique_ptr<const Corpus> corpus_;
   const std::uint64_t seed_;
+  const PlanRules rules_;
   const Layout layout_;
+  std::vector<WindowOrder> orders_;
 
   mutable std::mutex mutex_;
   std::condition_variable_any work_ready_;

@@ -1,6 +1,7 @@
 """The C++ core (csrc/): plans, shards and the threads that fill batches. Used by loader.py alone."""
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,42 @@ WEIGHT_ONE: int
 def philox(key: int, counter: Sequence[int]) -> list[int]: ...
 def permute(seed: int, domain_key: int, epoch: int, n: int, index: int) -> int: ...
 
+class TokenType(Enum):
+    INT64 = ...
+    INT32 = ...
+    UINT16 = ...
+
+class Boundaries(Enum):
+    NONE = ...
+    INDEX = ...
+    AFTER_EOT = ...
+    AT_EOT = ...
+
+class Sampling(Enum):
+    QUOTA = ...
+    MULTINOMIAL = ...
+    EXACT = ...
+
 class Streamer:
     def __init__(
         self,
         *,
-        domains: Sequence[tuple[int, Sequence[tuple[str, int, int, int]]]],
+        domains: Sequence[tuple[int, Sequence[dict[str, Any]]]],
         seq_len: int,
         vocab_size: int,
+        inputs: TokenType = TokenType.INT64,
+        targets: TokenType = TokenType.INT64,
+        shared: bool = False,
+        boundaries: Boundaries = Boundaries.NONE,
+        eot: int = 0,
+        mask_targets: bool = False,
+        mmap: bool = False,
         seed: int,
+        shuffle: bool = True,
+        shuffle_shards: int = 0,
+        sampling: Sampling = Sampling.QUOTA,
+        limits: Sequence[int] = (),
+        stop_at_limit: bool = False,
         batch_size: int,
         micro_batches: int,
         world_size: int,
@@ -26,8 +55,15 @@ class Streamer:
         units: npt.NDArray[np.int64],
         threads: int,
     ) -> None: ...
-    def submit(self, tokens: npt.NDArray[np.int64], domains: npt.NDArray[np.int64]) -> None: ...
-    def next(self) -> tuple[int, int, int]: ...
+    def submit(
+        self,
+        inputs: npt.NDArray[Any],
+        targets: npt.NDArray[Any] | None,
+        domains: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64] | None = None,
+        documents: npt.NDArray[np.int32] | None = None,
+    ) -> None: ...
+    def next(self) -> tuple[int, int, int] | None: ...
     def set_weights(self, units: npt.NDArray[np.int64], step: int | None = None) -> int: ...
     def step(self) -> int: ...
     def weights_at(self, step: int) -> npt.NDArray[np.int64]: ...

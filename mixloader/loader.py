@@ -108,7 +108,10 @@ class MixLoader:
         self._buffers: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
         self._core = _core.Streamer(
             domains=[
-                (domain_key(d.name), [(str(s.path), s.offset, s.tokens, s.width) for s in d.shards])
+                (
+                    domain_key(d.name),
+                    [{**shard.for_core(), "windows": (shard.tokens - 1) // seq_len} for shard in d.shards],
+                )
                 for d in self.manifest.domains
             ],
             seq_len=seq_len,
@@ -136,7 +139,10 @@ class MixLoader:
                 raise StopIteration
             while len(self._buffers) < self._depth:
                 self._submit()
-            step, micro_step, version = self._core.next()
+            position = self._core.next()
+            if position is None:
+                raise StopIteration
+            step, micro_step, version = position
             tokens, domain_ids = self._buffers.popleft()
             self._submit()
             self._advance(step, micro_step + 1)
@@ -245,7 +251,8 @@ class MixLoader:
         shape = (2, self.batch_size, self.seq_len)
         tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
         domain_ids = torch.empty(self.batch_size, dtype=torch.int64, pin_memory=self._pin_memory)
-        self._core.submit(tokens.numpy(), domain_ids.numpy())
+        inputs, targets = tokens.numpy()
+        self._core.submit(inputs, targets, domain_ids.numpy())
         self._buffers.append((tokens, domain_ids))
 
     def _advance(self, step: int, micro_step: int) -> None:

@@ -86,7 +86,7 @@ class Manifest:
         data = [
             [
                 domain.name,
-                [[s.path.name, s.format, s.dtype, s.tokens, s.bytes, s.sha256] for s in domain.shards],
+                [[os.path.basename(s.path), s.format, s.dtype, s.tokens, s.bytes, s.sha256] for s in domain.shards],
             ]
             for domain in self.domains
         ]

@@ -1,6 +1,7 @@
 """Manifests, folders and shards: what opens, and what is refused with which words."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_a_folder_of_folders_is_a_data_set(tmp_path):
     manifest = Manifest.open(tmp_path)
     assert manifest.names == ("code", "web")
     assert [d.tokens for d in manifest.domains] == [110, 110]
-    assert [s.path.name for s in manifest.domain("web").validation] == ["val_000.bin"]
+    assert [Path(s.path).name for s in manifest.domain("web").validation] == ["val_000.bin"]
 
 
 def test_a_nanogpt_folder_is_one_domain_and_loose_shards_one_each(tmp_path):

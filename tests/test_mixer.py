@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -709,4 +710,4 @@ def test_G8_a_process_ends_without_close_and_its_record_is_whole(data, tmp_path)
 
 
 def data_folder(data):
-    return data.domains[0].shards[0].path.parent.parent
+    return Path(data.domains[0].shards[0].path).parent.parent
