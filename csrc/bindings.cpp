@@ -1,4 +1,7 @@
 // pybind11 only: conversion, the GIL, and errors. No logic of the loader's.
+// The module, and the Streamer; bindings_plan.cpp has the plan.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,8 +13,6 @@
 
 #include "error.h"
 #include "order.h"
-#include "permute.h"
-#include "philox.h"
 #include "planner.h"
 #include "streamer.h"
 
@@ -282,18 +283,7 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
-  m.attr("WEIGHT_ONE") = kWeightOne;
-  m.def("philox", &philox, py::arg("key"), py::arg("counter"),
-        "Philox4x32-10 of a 64-bit key and four 32-bit counter words.");
-  m.def(
-      "permute",
-      [](std::uint64_t seed, std::uint64_t domain_key, std::uint64_t epoch,
-         std::uint64_t n, std::uint64_t index) {
-        return Permutation(seed, domain_key, epoch, n)(index);
-      },
-      py::arg("seed"), py::arg("domain_key"), py::arg("epoch"), py::arg("n"),
-      py::arg("index"),
-      "Where `index` goes in one epoch's order of n windows.");
+  bind_plan(m);
 
   py::enum_<TokenType>(m, "TokenType")
       .value("INT64", TokenType::kInt64)
@@ -304,11 +294,6 @@ PYBIND11_MODULE(_core, m) {
       .value("INDEX", Boundaries::kIndex)
       .value("AFTER_EOT", Boundaries::kAfterEot)
       .value("AT_EOT", Boundaries::kAtEot);
-  py::enum_<Sampling>(m, "Sampling")
-      .value("QUOTA", Sampling::kQuota)
-      .value("MULTINOMIAL", Sampling::kMultinomial)
-      .value("EXACT", Sampling::kExact);
-
   py::class_<PyStreamer>(m, "Streamer")
       .def(py::init([](const py::object& domains, std::uint64_t seq_len,
                        std::uint64_t vocab_size, TokenType inputs,
@@ -320,9 +305,6 @@ PYBIND11_MODULE(_core, m) {
                        std::uint64_t batch_size, std::uint64_t micro_batches,
                        std::uint64_t world_size, std::uint64_t rank,
                        const Int64Array& units, unsigned threads) {
-             const auto kind = !shuffle         ? Shuffle::Kind::kNone
-                               : shuffle_shards ? Shuffle::Kind::kShards
-                                                : Shuffle::Kind::kWindows;
              return std::make_unique<PyStreamer>(
                  domains,
                  CorpusOptions{
@@ -330,7 +312,7 @@ PYBIND11_MODULE(_core, m) {
                      vocab_size,
                      {inputs, targets, shared, boundaries, eot, mask_targets},
                      mmap ? ReadMode::kMmap : ReadMode::kPread},
-                 seed, Shuffle{kind, shuffle_shards},
+                 seed, to_shuffle(shuffle, shuffle_shards),
                  PlanRules{sampling, std::move(limits), stop_at_limit},
                  Layout{batch_size, micro_batches, world_size, rank}, units,
                  threads);
