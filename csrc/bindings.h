@@ -1,4 +1,5 @@
-// The parts of the Python module, and what they share.
+// The parts of the module _core, a file each. pybind11 only: conversion, the
+// GIL, and errors. No logic of the loader's.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,8 +8,14 @@
 
 namespace mixloader {
 
-// Philox, permutations, weights, the plan without data: bindings_plan.cpp.
-void bind_plan(pybind11::module_& m);
+namespace py = pybind11;
+
+// Checksums, and failures of system calls to order.
+void bind_files(py::module_& m);
+// Philox, permutations, weights, the plan without data.
+void bind_plan(py::module_& m);
+// The threads that fill batches.
+void bind_streamer(py::module_& m);
 
 inline Shuffle to_shuffle(bool shuffle, std::uint64_t shuffle_shards) {
   return {!shuffle         ? Shuffle::Kind::kNone
