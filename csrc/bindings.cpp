@@ -27,6 +27,7 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
+  bind_files(m);
   bind_plan(m);
   bind_streamer(m);
 }

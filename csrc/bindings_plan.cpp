@@ -15,7 +15,6 @@
 #include "philox.h"
 #include "planner.h"
 
-namespace py = pybind11;
 
 namespace mixloader {
 namespace {

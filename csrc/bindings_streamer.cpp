@@ -54,6 +54,10 @@ void take(const py::dict& dict, const char* key, T& field) {
 
 std::span<const std::uint64_t> view(const py::dict& dict, const char* key) {
   if (!dict.contains(key)) return {};
+  if (!py::isinstance<py::array_t<std::uint64_t, py::array::c_style>>(
+          dict[key])) {
+    throw py::value_error(std::string(key) + " is no array of uint64");
+  }
   const auto array = dict[key].cast<py::array_t<std::uint64_t>>();
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
@@ -71,6 +75,7 @@ Shard to_shard(const py::dict& dict) {
   take(dict, "extent_stride", shard.extent_stride);
   shard.extent_ends = view(dict, "extent_ends");
   shard.extent_bytes = view(dict, "extent_bytes");
+  take(dict, "extents_are_documents", shard.extents_are_documents);
   take(dict, "checksums", shard.checksums);
   take(dict, "packing", shard.packing);
   if (dict.contains("documents")) {
@@ -208,6 +213,23 @@ class PyStreamer {
 
   std::uint64_t step() { return checked()->streamer.step(); }
 
+  // (shard within the domain, its token, document or None, its first token).
+  std::tuple<std::uint32_t, std::uint64_t, std::optional<std::uint64_t>,
+             std::optional<std::uint64_t>>
+  locate(std::uint32_t domain, std::uint64_t window) {
+    const auto engine = checked();
+    const Corpus& corpus = engine->streamer.corpus();
+    if (domain >= corpus.domains() ||
+        window >= corpus.window_ends(domain).back()) {
+      throw py::index_error("there is no such window");
+    }
+    const py::gil_scoped_release release;
+    const RowPlace place = corpus.locate(domain, window);
+    const auto document = corpus.document_at(domain, window);
+    if (!document) return {place.shard, place.token, {}, {}};
+    return {place.shard, place.token, document->number, document->token};
+  }
+
   Int64Array weights_at(std::uint64_t step) {
     const auto units = checked()->streamer.weights_at(step);
     return Int64Array(static_cast<py::ssize_t>(units.size()), units.data());
@@ -305,6 +327,7 @@ void bind_streamer(py::module_& m) {
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())
       .def("step", &PyStreamer::step)
+      .def("locate", &PyStreamer::locate, py::arg("domain"), py::arg("window"))
       .def("weights_at", &PyStreamer::weights_at, py::arg("step"))
       .def("state", &PyStreamer::state)
       .def("load_state", &PyStreamer::load_state, py::arg("state"))
