@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mixloader import remote
 from mixloader.errors import ConfigError, ShardError
+from mixloader.files import cache_folder
 from mixloader.remote import Cancelled
 
 DEFAULT_LIMIT = 64 << 30  # bytes
@@ -54,7 +55,7 @@ class ShardCache:
             raise ConfigError(
                 f"a shard cache needs limit_bytes and workers of at least 1, not {limit_bytes}, {workers}"
             )
-        self.folder = Path(folder) if folder is not None else default_folder() / "shards"
+        self.folder = Path(folder) if folder is not None else cache_folder() / "shards"
         self.limit_bytes, self.workers = int(limit_bytes), int(workers)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -268,11 +269,6 @@ class _Locks:
     def _set(self, command: int, kind: int, byte: int) -> None:
         # struct flock: l_type, l_whence, l_start, l_len, l_pid, which must be 0.
         fcntl.fcntl(self._descriptor, command, struct.pack("hhqqi0q", kind, os.SEEK_SET, byte, 1, 0))
-
-
-def default_folder() -> Path:
-    """Where mixloader keeps what it can make again: MIXLOADER_CACHE, or ~/.cache/mixloader."""
-    return Path(os.environ.get("MIXLOADER_CACHE") or Path.home() / ".cache" / "mixloader")
 
 
 def _byte(name: str) -> int:

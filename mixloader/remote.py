@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import hashlib
+import io
 import random
 import threading
 import time
@@ -38,16 +38,6 @@ class Cancelled(Exception):
     """The caller does not want the file any more."""
 
 
-def is_remote(path: str) -> bool:
-    """Whether `path` is a URL that fsspec is to open, not a path of this machine."""
-    return "://" in path
-
-
-def compression_of(path: str) -> str | None:
-    """The compression that the ending of a name stands for."""
-    return {".zst": "zstd", ".zstd": "zstd", ".gz": "gzip"}.get("." + path.rpartition(".")[2])
-
-
 def exists(url: str) -> bool:
     try:
         _File(url).info()
@@ -72,27 +62,40 @@ def list_files(url: str) -> list[str]:
     return sorted(str(file.filesystem.unstrip_protocol(name)) for name in names)
 
 
-def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of the file as it is stored. Raises ShardError if it ends before."""
-    file = _File(url)
-    return file.tried(lambda: file.wait_for_part(file.start_part(start, stop), start, stop))[: stop - start]
+def read_range(url: str, start: int, count: int) -> bytes:
+    """Bytes [start, start + count) of the file as it is stored. Raises ShardError if it ends before."""
+    file, stop = _File(url), start + count
+    return file.tried(lambda: file.wait_for_part(file.start_part(start, stop), start, stop))[:count]
 
 
-def head(url: str, count: int, compression: str | None = None) -> bytes:
-    """The first `count` bytes, decompressed; fewer if the file is shorter."""
-    found = bytearray()
-    stored = _File(url).parts(part=min(PART, max(count, 1 << 16)), ahead=1)
-    with contextlib.closing(stored):
-        for piece in decompressed(stored, compression, url):
-            found += piece
-            if len(found) >= count:
-                break
-    return bytes(found[:count])
+def open(url: str) -> BinaryIO:
+    """The file as it is stored, to be read from its beginning on; the next parts are fetched while one is used."""
+    return io.BufferedReader(_Stream(_File(url).parts()), 1 << 20)
 
 
-def read(url: str, compression: str | None = None, cancel: threading.Event | None = None) -> Iterator[bytes]:
-    """All bytes of the file, decompressed, in pieces; memory is bounded."""
-    return decompressed(_File(url, cancel).parts(), compression, url)
+class _Stream(io.RawIOBase):
+    """What an iterator of bytes gives, as a file."""
+
+    def __init__(self, parts: Generator[bytes, None, None]):
+        self._parts, self._rest = parts, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            part = next(self._parts, None)
+            if part is None:
+                return 0
+            self._rest = memoryview(part)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._parts.close()
+        super().close()
 
 
 def fetch(

@@ -60,9 +60,9 @@ def test_size_ranges_and_listing_of_an_object(s3):
     assert remote.exists(url)
     assert not remote.exists(s3.url("sound/none.bin"))
     assert remote.size(url) == len(CONTENT)
-    assert remote.read_range(url, 1000, 70_000) == CONTENT[1000:70_000]
-    assert remote.head(url, 100) == CONTENT[:100]
-    assert remote.head(url, 1 << 30) == CONTENT
+    assert remote.read_range(url, 1000, 70_000) == CONTENT[1000:71_000]
+    with pytest.raises(ShardError, match="got 1 of the 2 bytes"):
+        remote.read_range(url, len(CONTENT) - 1, 2)
     assert remote.list_files(s3.url("sound")) == [url]
 
 
@@ -71,6 +71,16 @@ def test_a_fetched_object_is_whole_and_checked(s3):
     assert fetched(url, digest=SHA256, bytes=len(CONTENT)) == CONTENT
     assert fetched(url) == CONTENT
     assert fetched(s3.put("empty.bin", b"")) == b""
+
+
+def test_an_object_read_as_a_stream(s3):
+    url = s3.put("stream.bin", CONTENT)
+    with remote.open(url) as file:
+        assert [file.read(5), file.read(70_000), file.read(), file.read()] == [
+            CONTENT[:5], CONTENT[5:70_005], CONTENT[70_005:], b"",
+        ]  # fmt: skip
+    with remote.open(url) as file:
+        file.read(1)  # and given up
 
 
 @pytest.mark.parametrize("algorithm", ["sha1", "md5", "xxh64", "xxh3_64", "xxh128"])
@@ -102,7 +112,7 @@ def test_the_other_protocols_give_the_same(tmp_path, scheme):
     with fsspec.open(url, "wb", auto_mkdir=True) as file:
         file.write(CONTENT)
     assert remote.size(url) == len(CONTENT)
-    assert remote.read_range(url, 7, 9) == CONTENT[7:9]
+    assert remote.read_range(url, 7, 2) == CONTENT[7:9]
     assert fetched(url, digest=SHA256) == CONTENT
 
 
@@ -123,7 +133,7 @@ def test_a_web_server_that_ignores_ranges(tmp_path, monkeypatch):
         url = f"http://127.0.0.1:{web.server_port}/shard.bin"
         assert fetched(url, digest=SHA256) == CONTENT
         assert remote.read_range(url, 0, 10) == CONTENT[:10]
-        assert remote.read_range(url, 500, 510) == CONTENT[500:510]
+        assert remote.read_range(url, 500, 10) == CONTENT[500:510]
         with pytest.raises(ShardError, match=r"none\.bin does not exist"):
             fetched(f"http://127.0.0.1:{web.server_port}/none.bin")
     finally:
@@ -154,7 +164,6 @@ def test_compressed_files_of_one_or_several_frames(s3, compression, compress):
         known = {"digest": digest, "bytes": len(CONTENT), "stored_bytes": len(stored)}
         assert fetched(url, compression=compression, **known) == CONTENT
         assert fetched(url, compression=compression) == CONTENT
-        assert remote.head(url, 1024, compression) == CONTENT[:1024]
 
 
 @pytest.mark.parametrize(("compression", "compress"), COMPRESSIONS)
@@ -181,7 +190,6 @@ def test_an_unknown_compression_is_refused(tmp_path):
     (tmp_path / "shard").write_bytes(CONTENT)
     with pytest.raises(ShardError, match="unknown compression 'lzma'; known are zstd, gzip"):
         fetched(str(tmp_path / "shard"), compression="lzma")
-    assert [remote.compression_of(name) for name in ("a.bin.zst", "a.gz", "a.bin")] == ["zstd", "gzip", None]
 
 
 # A server with faults
