@@ -1,4 +1,6 @@
 // pybind11 only: conversion, the GIL, and errors. No logic of the loader's.
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,8 +16,6 @@
 #include "philox.h"
 #include "planner.h"
 #include "streamer.h"
-
-namespace py = pybind11;
 
 namespace mixloader {
 namespace {
@@ -61,6 +61,10 @@ void take(const py::dict& dict, const char* key, T& field) {
 
 std::span<const std::uint64_t> view(const py::dict& dict, const char* key) {
   if (!dict.contains(key)) return {};
+  if (!py::isinstance<py::array_t<std::uint64_t, py::array::c_style>>(
+          dict[key])) {
+    throw py::value_error(std::string(key) + " is no array of uint64");
+  }
   const auto array = dict[key].cast<py::array_t<std::uint64_t>>();
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
@@ -78,6 +82,7 @@ Shard to_shard(const py::dict& dict) {
   take(dict, "extent_stride", shard.extent_stride);
   shard.extent_ends = view(dict, "extent_ends");
   shard.extent_bytes = view(dict, "extent_bytes");
+  take(dict, "extents_are_documents", shard.extents_are_documents);
   take(dict, "checksums", shard.checksums);
   take(dict, "packing", shard.packing);
   if (dict.contains("documents")) {
@@ -215,6 +220,23 @@ class PyStreamer {
 
   std::uint64_t step() { return checked()->streamer.step(); }
 
+  // (shard within the domain, its token, document or None, its first token).
+  std::tuple<std::uint32_t, std::uint64_t, std::optional<std::uint64_t>,
+             std::optional<std::uint64_t>>
+  locate(std::uint32_t domain, std::uint64_t window) {
+    const auto engine = checked();
+    const Corpus& corpus = engine->streamer.corpus();
+    if (domain >= corpus.domains() ||
+        window >= corpus.window_ends(domain).back()) {
+      throw py::index_error("there is no such window");
+    }
+    const py::gil_scoped_release release;
+    const RowPlace place = corpus.locate(domain, window);
+    const auto document = corpus.document_at(domain, window);
+    if (!document) return {place.shard, place.token, {}, {}};
+    return {place.shard, place.token, document->number, document->token};
+  }
+
   Int64Array weights_at(std::uint64_t step) {
     const auto units = checked()->streamer.weights_at(step);
     return Int64Array(static_cast<py::ssize_t>(units.size()), units.data());
@@ -282,6 +304,7 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
+  bind_files(m);
   m.attr("WEIGHT_ONE") = kWeightOne;
   m.def("philox", &philox, py::arg("key"), py::arg("counter"),
         "Philox4x32-10 of a 64-bit key and four 32-bit counter words.");
@@ -354,6 +377,7 @@ PYBIND11_MODULE(_core, m) {
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())
       .def("step", &PyStreamer::step)
+      .def("locate", &PyStreamer::locate, py::arg("domain"), py::arg("window"))
       .def("weights_at", &PyStreamer::weights_at, py::arg("step"))
       .def("state", &PyStreamer::state)
       .def("load_state", &PyStreamer::load_state, py::arg("state"))

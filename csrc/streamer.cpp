@@ -224,16 +224,17 @@ void Streamer::write_batch(const std::vector<PlannedRow>& rows,
   const auto part = [rows_here](auto span, std::uint64_t i) {
     return span.empty() ? nullptr : span.data() + i * (span.size() / rows_here);
   };
+  workspace.rows.clear();
   for (std::uint64_t i = 0; i < rows_here; ++i) {
     const auto [domain, draw] = rows[first + i];
-    const std::uint64_t window =
-        orders_[domain].window(draw, workspace.orders[domain]);
-    corpus_->read_row(domain, window,
-                      {part(buffers.inputs, i), part(buffers.targets, i),
-                       part(buffers.positions, i), part(buffers.documents, i)},
-                      workspace.corpus);
+    workspace.rows.push_back(
+        {domain,
+         orders_[domain].window(draw, workspace.orders[domain]),
+         {part(buffers.inputs, i), part(buffers.targets, i),
+          part(buffers.positions, i), part(buffers.documents, i)}});
     buffers.domains[i] = domain;
   }
+  corpus_->read_rows(workspace.rows, workspace.corpus);
 }
 
 void Streamer::work(std::stop_token stop) {

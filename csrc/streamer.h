@@ -119,6 +119,7 @@ class Streamer {
   // The worker's own: orders in use and the buffer that reads go to.
   struct Workspace {
     std::vector<WindowOrder::Cache> orders;
+    std::vector<RowRequest> rows;
     Corpus::Workspace corpus;
   };
 
