@@ -69,7 +69,7 @@ class Shard:
     compression: None, "zstd" or "gzip". stored_bytes: size of a compressed file as it is stored.
     digest: "ALGORITHM:HEX" of the file as it is stored, or None.
     document_count: documents, where that is known; documents: where they begin, where a table says it;
-    documents_are_extents: each extent is one. checksums: path of a sidecar of block checksums.
+    extents_are_documents: each extent is one. checksums: path of a sidecar of block checksums.
     """
 
     path: str
@@ -85,7 +85,7 @@ class Shard:
     compression: str | None = None
     stored_bytes: int | None = None
     document_count: int | None = None
-    documents_are_extents: bool = False
+    extents_are_documents: bool = False
 
     @property
     def width(self) -> int:
@@ -113,8 +113,8 @@ class Shard:
             known |= {"extent_tokens": self.extents.tokens, "extent_stride": self.extents.stride}
         if self.documents is not None:
             known["documents"] = vars(self.documents)
-        if self.documents_are_extents:
-            known["documents_are_extents"] = True
+        if self.extents_are_documents:
+            known["extents_are_documents"] = True
         if self.checksums is not None:
             known["checksums"] = self.checksums
         return known

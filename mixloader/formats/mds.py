@@ -229,7 +229,7 @@ def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.nda
     shard = shard_of(source, "mds", dtype, int(begins[0]), tokens, digest=digest, extents=extents)
     if alike or extents is None:  # chunks of one size are cut from running text: they are no documents
         return shard
-    return replace(shard, document_count=len(counts), documents_are_extents=True)
+    return replace(shard, document_count=len(counts), extents_are_documents=True)
 
 
 def _refuse_another_dtype(source: Source, shard: Shard, begin: int) -> None:

@@ -23,7 +23,8 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 
 def is_url(path: str | Path) -> bool:
-    return _URL.match(str(path)) is not None
+    path = str(path)
+    return "://" in path and _URL.match(path) is not None
 
 
 class Source:
