@@ -130,22 +130,22 @@ def fetch(
             pieces = decompressed(_hashed(remote.parts(announced), seen), compression, url)
             written = sum(file.write(piece) for piece in _at_most(pieces, bytes, url))
             if bytes not in (None, written):
-                raise _DamagedError(
+                raise DamagedError(
                     f"{url} gave {written} bytes, but {bytes} were expected; it was replaced or damaged"
                 )
             if seen is not None and digest is not None and seen.hexdigest() != digest.partition(":")[2].lower():
                 algorithm, _, expected = digest.partition(":")
-                raise _DamagedError(
+                raise DamagedError(
                     f"{url} has {algorithm} {seen.hexdigest()}, but {expected} was expected; it was replaced or damaged"
                 )
             return written
-        except _DamagedError as error:
+        except DamagedError as error:
             if last_attempt:
                 raise ShardError(f"{error}: restore it, or write the manifest again") from error
     raise AssertionError("not reached")
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """The bytes came, but they are not those that were expected."""
 
 
@@ -182,7 +182,7 @@ def _at_most(pieces: Iterable[bytes], expected: int | None, url: str) -> Iterato
     for piece in pieces:
         total += len(piece)
         if expected is not None and total > expected:
-            raise _DamagedError(
+            raise DamagedError(
                 f"{url} gave more than the {expected} bytes that were expected; it was replaced or damaged"
             )
         yield piece
@@ -207,12 +207,12 @@ def decompressed(parts: Iterable[bytes], compression: str | None, url: str) -> I
                 try:
                     piece = current.decompress(data)
                 except errors as error:
-                    raise _DamagedError(f"{url} is no {compression} file: {error}; it is damaged") from error
+                    raise DamagedError(f"{url} is no {compression} file: {error}; it is damaged") from error
                 ended, data = current.eof, current.unused_data
                 if piece:
                     yield piece
     if current is None or not ended:
-        raise _DamagedError(f"{url} ends in the middle of its {compression} data; it was truncated")
+        raise DamagedError(f"{url} ends in the middle of its {compression} data; it was truncated")
 
 
 def _decompressor(compression: str, url: str) -> tuple[Callable[[], Any], type[Exception]]:

@@ -44,6 +44,8 @@ def open_shards(
         if os.path.exists(os.path.join(path, INDEX)):
             return _open(Source(os.path.join(path, INDEX)), format, choice)
         return tuple(shard for file in token_files(path) for shard in _open(Source(file), format, choice))
+    if not is_url(path) and not os.path.exists(path) and os.path.exists(f"{path}.idx"):
+        path = f"{path}.idx"  # as Megatron names a data set
     return _open(Source(path), format, choice)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import stat
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import BinaryIO
 
+from mixloader import remote
 from mixloader.errors import ShardError
 
 COMPRESSIONS = {".zst": "zstd", ".gz": "gzip"}
@@ -42,8 +41,10 @@ class Source:
         self.compression = compression
         self.stored_bytes = self._size()
         self._raw_bytes = raw_bytes
-        self._stream: IO[bytes] | None = None  # of a compressed file, decompressed up to _position
+        # Of a compressed file: what was decompressed last, the byte where it begins, and what follows.
+        self._rest: bytes | None = None
         self._position = 0
+        self._following: Iterator[bytes] = iter(())
 
     @property
     def name(self) -> str:
@@ -69,8 +70,6 @@ class Source:
             if self.compression is not None:
                 return self._read_compressed(offset, count)
             if is_url(self.path):
-                from mixloader import remote
-
                 count = min(count, self.stored_bytes - offset)
                 return remote.read_range(self.path, offset, count) if count > 0 else b""
             with open(self.path, "rb") as file:
@@ -79,9 +78,9 @@ class Source:
 
     def blocks(self, *, stored: bool = False) -> Iterator[bytes]:
         """The raw content, or the file as it is stored, from its beginning to its end in blocks."""
-        with self._errors(), self._open(stored) as file:
-            while block := file.read(_BLOCK):
-                yield block
+        with self._errors(), self._open() as file:
+            parts = iter(lambda: file.read(_BLOCK), b"")
+            yield from parts if stored else remote.decompressed(parts, self.compression, self.path)
 
     def beside(self, name: str) -> str:
         """The path of another file in this one's folder, or below. Raises ShardError for a name that leads out."""
@@ -94,16 +93,12 @@ class Source:
         """Another file in this one's folder as it lies there, or None."""
         path = self.beside(name)
         if is_url(path):
-            from mixloader import remote
-
             return Source(path) if remote.exists(path) else None
         return Source(path) if os.path.exists(path) else None
 
     def _size(self) -> int:
         with self._errors():
             if is_url(self.path):
-                from mixloader import remote
-
                 size = remote.size(self.path)
             else:
                 status = os.stat(self.path)
@@ -116,32 +111,23 @@ class Source:
 
     def _read_compressed(self, offset: int, count: int) -> bytes:
         """Reading on costs what lies between; reading back begins anew."""
-        if self._stream is None or offset < self._position:
-            self._stream, self._position = self._open(stored=False), 0
-        while self._position < offset:
-            skipped = len(self._stream.read(min(_BLOCK, offset - self._position)))
-            if not skipped:
-                return b""
-            self._position += skipped
-        parts = []
-        while count > 0 and (part := self._stream.read(min(_BLOCK, count))):
-            parts.append(part)
-            count -= len(part)
-            self._position += len(part)
-        return b"".join(parts)
+        if self._rest is None or offset < self._position:
+            self._following, self._rest, self._position = self.blocks(), b"", 0
+        found = bytearray()
+        while len(found) < count:
+            begin = offset + len(found) - self._position
+            found += self._rest[begin : begin + count - len(found)]
+            if len(found) == count:
+                break
+            self._position += len(self._rest)
+            self._rest = next(self._following, b"")
+            if not self._rest:
+                self._rest = None
+                break
+        return bytes(found)
 
-    def _open(self, stored: bool) -> IO[bytes]:
-        if is_url(self.path):
-            from mixloader import remote
-
-            file: Any = remote.open(self.path)
-        else:
-            file = open(self.path, "rb")
-        if stored or self.compression is None:
-            return file
-        if self.compression == "gzip":
-            return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
-        return zstandard(self.path).ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+    def _open(self) -> BinaryIO:
+        return remote.open(self.path) if is_url(self.path) else open(self.path, "rb")
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -151,23 +137,7 @@ class Source:
             raise
         except FileNotFoundError as error:
             raise ShardError(f"shard {self.path} does not exist; check the path or restore the file") from error
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ShardError(f"shard {self.path} is no whole {self.compression} file: {error}; restore it") from error
+        except remote.DamagedError as error:
+            raise ShardError(f"{error}: restore it") from error
         except (OSError, ValueError) as error:
             raise ShardError(f"cannot open shard {self.path}: {error}") from error
-        except Exception as error:
-            if self.compression == "zstd" and isinstance(error, zstandard(self.path).ZstdError):
-                raise ShardError(f"shard {self.path} is no whole zstd file: {error}; restore it") from error
-            raise
-
-
-def zstandard(path: str) -> Any:
-    """The zstandard module, which `path` needs."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ShardError(
-            f"shard {path} is compressed with Zstandard, and the package zstandard is not installed; "
-            "install it with: pip install 'mixloader[remote]'"
-        ) from error
-    return zstandard
