@@ -22,3 +22,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """Where what was derived from data is kept: $MIXLOADER_CACHE, by default ~/.cache/mixloader."""
+    return Path(os.environ.get("MIXLOADER_CACHE") or "~/.cache/mixloader").expanduser()

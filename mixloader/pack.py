@@ -7,6 +7,7 @@ the old one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -53,8 +54,7 @@ def write_shard(path: str | Path, tokens: np.ndarray, *, vocab_size: int) -> Sha
     content = header.tobytes() + tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
     replace(path, content)
     shard = open_shard(path)
-    digest = hashlib.sha256(content).hexdigest()
-    return Shard(shard.path, shard.format, shard.dtype, shard.offset, shard.tokens, shard.bytes, digest)
+    return dataclasses.replace(shard, digest=f"sha256:{hashlib.sha256(content).hexdigest()}")
 
 
 def pack(

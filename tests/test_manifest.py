@@ -116,7 +116,7 @@ def test_a_missing_or_empty_folder_says_what_was_expected(tmp_path, what):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ManifestError, match=r"does not exist; expected|holds neither a manifest.json nor"):
         MixLoader(tmp_path / what, 4, 8)
-    with pytest.raises(MixLoaderError, match=r"does not exist|holds no .bin files"):
+    with pytest.raises(MixLoaderError, match=r"does not exist|holds no token shards"):
         MixLoader({"a": tmp_path / what}, 4, 8)
 
 
@@ -144,14 +144,14 @@ def test_a_manifest_round_trips_and_may_move_with_its_folder(saved, tmp_path):
 def test_the_fingerprint_changes_with_the_data(saved):
     before = Manifest.open(saved).fingerprint
     write_llmc(saved / "web" / "train_000.bin", tagged(0, 101))
-    with pytest.raises(ShardError, match=r"has 101 tokens, but manifest .* says 100; .*truncated or replaced"):
+    with pytest.raises(ShardError, match=r"has 1428 bytes, but manifest .* says 1424; .*truncated or replaced"):
         Manifest.open(saved)
     (saved / "manifest.json").unlink()
     assert Manifest.open(saved).fingerprint != before
 
 
 BAD_VALUES = [
-    (("version",), 2, "version 2; this mixloader reads version 1"),
+    (("version",), 3, "version 3; this mixloader reads versions 1 to 2"),
     (("version",), None, "version in manifest .* is None; expected an integer"),
     (("vocab_size",), "many", "vocab_size in manifest .* is 'many'; expected an integer"),
     (("domains",), {}, "expected a list"),

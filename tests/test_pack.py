@@ -109,4 +109,4 @@ def test_the_manifest_is_plain_json(tmp_path, tokenizer):
     content = json.loads((tmp_path / "manifest.json").read_text())
     shard = content["domains"][0]["shards"][0]
     assert shard["path"] == "a/train_000.bin"
-    assert set(shard) == {"path", "format", "dtype", "tokens", "bytes", "sha256"}
+    assert set(shard) == {"path", "format", "dtype", "offset", "tokens", "bytes", "digest"}

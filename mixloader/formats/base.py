@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mixloader.errors import ManifestError, ShardError
+from mixloader.errors import ShardError
+from mixloader.formats.source import Source, is_url
 
 WIDTHS = {"uint8": 1, "uint16": 2, "int16": 2, "uint32": 4, "int32": 4, "uint64": 8, "int64": 8}
 """Bytes a token, by dtype; all little-endian."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Extents:
     """Where tokens lie that are not one run: extents of tokens with something else in between.
 
@@ -32,13 +31,25 @@ class Extents:
     ends: np.ndarray | None = None
     bytes: np.ndarray | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Extents)
+            and (self.tokens, self.stride) == (other.tokens, other.stride)
+            and (self.ends is None) == (other.ends is None)
+            and bool(np.array_equal(self.ends, other.ends))  # type: ignore[arg-type]
+            and bool(np.array_equal(self.bytes, other.bytes))  # type: ignore[arg-type]
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Documents:
     """A table of the tokens at which documents begin (0 is always one, whether it is listed or not).
 
-    path: the file with the table: `count` ascending little-endian numbers of `width` bytes (4 or 8) from
-    byte `offset`; number x stands for token (x - bias) / unit, and one past the last token for none.
+    path: the file with the table (the shard's own path: in the raw content of the shard itself): `count`
+    ascending little-endian numbers of `width` bytes (4 or 8) from byte `offset`; number x stands for token
+    (x - bias) / unit, and one past the last token for none.
     """
 
     path: str
@@ -51,10 +62,14 @@ class Documents:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of tokens.
+    """A file of tokens, or the part of one that belongs together.
 
-    path: absolute. dtype: a key of WIDTHS, little-endian. offset: bytes before the first token.
-    tokens: how many. bytes: size of the file. sha256: hex digest of the file, or None.
+    path: absolute, or a URL. dtype: a key of WIDTHS, little-endian. offset: bytes before the first token,
+    of the raw content. tokens: how many. bytes: size of the raw content.
+    compression: None, "zstd" or "gzip". stored_bytes: size of a compressed file as it is stored.
+    digest: "ALGORITHM:HEX" of the file as it is stored, or None.
+    document_count: documents, where that is known; documents: where they begin, where a table says it;
+    extents_are_documents: each extent is one. checksums: path of a sidecar of block checksums.
     """
 
     path: str
@@ -63,21 +78,30 @@ class Shard:
     offset: int
     tokens: int
     bytes: int
-    sha256: str | None = None
+    digest: str | None = None
     extents: Extents | None = None
     documents: Documents | None = None
     checksums: str | None = None
+    compression: str | None = None
+    stored_bytes: int | None = None
+    document_count: int | None = None
+    extents_are_documents: bool = False
 
     @property
     def width(self) -> int:
         """Bytes a token."""
         return WIDTHS[self.dtype]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the file can be read where it lies; else it is fetched or decompressed first."""
+        return self.compression is None and not is_url(self.path)
+
     def for_core(self) -> dict[str, Any]:
         """What the C++ core needs to know of it."""
         known: dict[str, Any] = {
             "name": self.path,
-            "path": self.path,
+            "path": self.path if self.is_ready else "",
             "offset": self.offset,
             "tokens": self.tokens,
             "width": self.width,
@@ -89,64 +113,84 @@ class Shard:
             known |= {"extent_tokens": self.extents.tokens, "extent_stride": self.extents.stride}
         if self.documents is not None:
             known["documents"] = vars(self.documents)
+        if self.extents_are_documents:
+            known["extents_are_documents"] = True
         if self.checksums is not None:
             known["checksums"] = self.checksums
         return known
 
 
-def open_shard(path: str | Path, *, format: str | None = None, dtype: str | None = None) -> Shard:
-    """Describe the shard at `path` after checking its header against its size.
+@dataclass(frozen=True)
+class Choice:
+    """What a user says of files that do not say it of themselves. dtype: of the tokens. column: the one with them."""
 
-    format: "nanogpt" or "llmc"; by default llmc where its magic number stands, else nanogpt.
-    dtype: "uint16" or "uint32" for headerless files, where nothing on disk says it; default uint16.
-    Raises ShardError for a file that is missing, empty, truncated or not of this format.
+    dtype: str | None = None
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of other programs.
+
+    matches: whether a file is of this format, by its name and content. open: its shards, after checking
+    all that it says of itself; a file that lists others gives theirs. Raises ShardError.
     """
-    path = Path(path)
-    if format is not None and format not in _openers():
-        raise ManifestError(f"unknown shard format {format!r}; known formats are {', '.join(_openers())}")
-    if dtype is not None and dtype not in WIDTHS:
-        raise ManifestError(f"unknown token dtype {dtype!r}; known dtypes are {', '.join(WIDTHS)}")
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ShardError(f"shard {path} is not a regular file")
-        with path.open("rb") as file:
-            header = file.read(_HEAD)
-    except ShardError:
-        raise
-    except FileNotFoundError as error:
-        raise ShardError(f"shard {path} does not exist; check the path or restore the file") from error
-    except (OSError, ValueError) as error:
-        raise ShardError(f"cannot open shard {path}: {error}") from error
-    if status.st_size == 0:
-        raise ShardError(f"shard {path} is empty; write it again or take it out of its domain")
-    if format is None:
-        magic = int.from_bytes(header[:4], "little") if len(header) >= 4 else 0
-        format = "llmc" if magic in (20240520, 20240801) else "nanogpt"
-    return _openers()[format](path, status.st_size, header, dtype)
+
+    name: str
+    matches: Callable[[Source], bool]
+    open: Callable[[Source, Choice], tuple[Shard, ...]]
 
 
-_HEAD = 1024  # bytes that an opener is given
-
-
-def _openers() -> dict[str, Callable[[Path, int, bytes, str | None], Shard]]:
-    from mixloader.formats.llmc import open_llmc
-    from mixloader.formats.nanogpt import open_nanogpt
-
-    return {"nanogpt": open_nanogpt, "llmc": open_llmc}
+def shard_of(source: Source, format: str, dtype: str, offset: int, tokens: int, **rest: Any) -> Shard:
+    """The Shard of a source's file."""
+    return Shard(
+        path=source.path,
+        format=format,
+        dtype=dtype,
+        offset=offset,
+        tokens=tokens,
+        bytes=source.bytes,
+        compression=source.compression,
+        stored_bytes=None if source.compression is None else source.stored_bytes,
+        **rest,
+    )
 
 
 def read_tokens(shard: Shard, start: int = 0, count: int | None = None) -> np.ndarray:
     """Tokens [start, start + count) of a shard (to its end by default) as a new array of its dtype."""
     count = shard.tokens - start if count is None else count
-    offset = shard.offset + start * shard.width
-    try:
-        tokens = np.fromfile(shard.path, dtype=np.dtype(shard.dtype).newbyteorder("<"), count=count, offset=offset)
-    except OSError as error:
-        raise ShardError(f"cannot read shard {shard.path}: {error}") from error
-    if len(tokens) != count:
+    if start < 0 or count < 0 or start + count > shard.tokens:
+        raise ValueError(f"tokens [{start}, {start + count}) are not within the {shard.tokens} of shard {shard.path}")
+    source = Source(shard.path, shard.compression)
+    dtype = np.dtype(shard.dtype).newbyteorder("<")
+    parts = [source.read(offset, tokens * shard.width) for offset, tokens in _runs(shard, start, count)]
+    content = parts[0] if len(parts) == 1 else b"".join(parts)
+    if len(content) != count * shard.width:
         raise ShardError(
-            f"shard {shard.path} gave {len(tokens)} tokens from token {start} on; expected {count}: "
+            f"shard {shard.path} gave {len(content) // shard.width} tokens from token {start} on; expected {count}: "
             "it was truncated, restore it"
         )
-    return tokens
+    return np.frombuffer(bytearray(content), dtype=dtype)
+
+
+def _runs(shard: Shard, start: int, count: int) -> list[tuple[int, int]]:
+    """(byte, tokens) of each run of tokens that [start, start + count) consists of."""
+    extents, width = shard.extents, shard.width
+    if extents is None:
+        return [(shard.offset + start * width, count)]
+    runs = []
+    stop = start + count
+    if extents.ends is None:
+        for i in range(start // extents.tokens, -(-stop // extents.tokens)):
+            first = max(start, i * extents.tokens)
+            last = min(stop, (i + 1) * extents.tokens)
+            runs.append((shard.offset + i * extents.stride + (first - i * extents.tokens) * width, last - first))
+        return runs
+    assert extents.bytes is not None
+    i = int(np.searchsorted(extents.ends, start, side="right"))
+    while start < stop:
+        begin = int(extents.ends[i - 1]) if i else 0
+        last = min(stop, int(extents.ends[i]))
+        runs.append((int(extents.bytes[i]) + (start - begin) * width, last - start))
+        start, i = last, i + 1
+    return runs

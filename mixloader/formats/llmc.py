@@ -5,21 +5,25 @@ Magic 20240520 version 1 for uint16, magic 20240801 version 7 for uint32; the nu
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Shard
+from mixloader.formats.base import WIDTHS, Choice, Format, Shard, shard_of
+from mixloader.formats.source import Source
 
 LLMC_HEADER = 1024
 LLMC_MAGIC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 
 
-def open_llmc(path: Path, size: int, header: bytes, dtype: str | None) -> Shard:
+def _matches(source: Source) -> bool:
+    return source.name.endswith(".bin") and int.from_bytes(source.read(0, 4), "little") in LLMC_MAGIC
+
+
+def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
+    path, header = source.path, source.read(0, LLMC_HEADER)
     if len(header) < LLMC_HEADER:
         raise ShardError(
-            f"shard {path} has {size} bytes, but an llm.c header alone has {LLMC_HEADER}; it was truncated"
+            f"shard {path} has {len(header)} bytes, but an llm.c header alone has {LLMC_HEADER}; it was truncated"
         )
     magic, version, tokens = (int(x) for x in np.frombuffer(header, dtype="<i4", count=3))
     if magic not in LLMC_MAGIC:
@@ -27,15 +31,18 @@ def open_llmc(path: Path, size: int, header: bytes, dtype: str | None) -> Shard:
             f"shard {path} begins with {magic}, not with an llm.c magic number "
             f"({' or '.join(map(str, LLMC_MAGIC))}); check its format"
         )
-    known_version, own_dtype = LLMC_MAGIC[magic]
+    known_version, dtype = LLMC_MAGIC[magic]
     if version != known_version:
         raise ShardError(f"shard {path} is an llm.c file of version {version}; expected {known_version}")
-    if dtype not in (None, own_dtype):
-        raise ShardError(f"shard {path} holds {own_dtype} tokens by its header, but {dtype} was asked for")
-    expected = LLMC_HEADER + tokens * WIDTHS[own_dtype]
-    if tokens <= 0 or size != expected:
+    if choice.dtype not in (None, dtype):
+        raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
+    expected = LLMC_HEADER + tokens * WIDTHS[dtype]
+    if tokens <= 0 or source.bytes != expected:
         raise ShardError(
-            f"shard {path} has {size} bytes, but its header announces {tokens} {own_dtype} tokens, "
+            f"shard {path} has {source.bytes} bytes, but its header announces {tokens} {dtype} tokens, "
             f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
         )
-    return Shard(str(path.absolute()), "llmc", own_dtype, LLMC_HEADER, tokens, size)
+    return (shard_of(source, "llmc", dtype, LLMC_HEADER, tokens),)
+
+
+LLMC = Format("llmc", _matches, _open)

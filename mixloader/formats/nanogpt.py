@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Shard
+from mixloader.formats.base import WIDTHS, Choice, Format, Shard, shard_of
+from mixloader.formats.source import Source
 
 
-def open_nanogpt(path: Path, size: int, header: bytes, dtype: str | None) -> Shard:
-    dtype = dtype or "uint16"
-    tokens, rest = divmod(size, WIDTHS[dtype])
+def raw_tokens(source: Source, format: str, dtype: str) -> Shard:
+    """The shard of a file that is nothing but tokens."""
+    tokens, rest = divmod(source.bytes, WIDTHS[dtype])
     if rest:
         raise ShardError(
-            f"shard {path} has {size} bytes, which is no whole number of {dtype} tokens; "
+            f"shard {source.path} has {source.bytes} bytes, which is no whole number of {dtype} tokens; "
             "it was truncated, or its dtype is another"
         )
-    return Shard(str(path.absolute()), "nanogpt", dtype, 0, tokens, size)
+    return shard_of(source, format, dtype, 0, tokens)
+
+
+def _matches(source: Source) -> bool:
+    return source.name.endswith(".bin")
+
+
+def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
+    return (raw_tokens(source, "nanogpt", choice.dtype or "uint16"),)
+
+
+NANOGPT = Format("nanogpt", _matches, _open)

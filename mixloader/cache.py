@@ -1,0 +1,302 @@
+"""A bounded folder of fetched shards that the processes of one machine share, whichever of them dies when.
+
+An entry is one file, whole and checked: it is written under its name with `.part`, then renamed. Each name stands for
+one byte of the file `locks`: shared while an entry is in use, exclusive while it is written or removed. The locks are
+the kernel's (of open file descriptions), so those of a killed process are gone with it, and a `.part` that nobody has
+locked is a dead writer's and is removed. Byte 0 is held while the folder is counted. The folder is on a local disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mixloader import remote
+from mixloader.errors import ConfigError, ShardError
+from mixloader.files import cache_folder
+from mixloader.remote import Cancelled
+
+DEFAULT_LIMIT = 64 << 30  # bytes
+_POLL_S = 0.02  # between two looks at a lock that another process holds
+_LEDGER = 0
+_PART = ".part"
+
+
+class NotNowError(Exception):
+    """Fetched ahead only if it is cheap: another process is at it, or (`full`) entries in use leave no room."""
+
+    def __init__(self, url: str, *, full: bool):
+        super().__init__(url)
+        self.full = full
+
+
+class ShardCache:
+    """Local copies of remote or compressed files; those in use by any process stay, the others go oldest use first.
+
+    folder: made if it is missing; by default `shards` in MIXLOADER_CACHE, or in ~/.cache/mixloader.
+    limit_bytes: of all that the folder holds, whoever put it there. Only a file that a reader waits for may
+        exceed it, and only while all others are in use.
+    workers: files that a Fetcher fetches at once in this process.
+    """
+
+    def __init__(self, folder: str | Path | None = None, limit_bytes: int = DEFAULT_LIMIT, workers: int = 4):
+        if limit_bytes < 1 or workers < 1:
+            raise ConfigError(
+                f"a shard cache needs limit_bytes and workers of at least 1, not {limit_bytes}, {workers}"
+            )
+        self.folder = Path(folder) if folder is not None else cache_folder() / "shards"
+        self.limit_bytes, self.workers = int(limit_bytes), int(workers)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._locks = _Locks(self.folder / "locks")
+        except OSError as error:
+            raise ConfigError(f"cannot use {self.folder} as shard cache: {error}; give another folder") from error
+        self._changed = threading.Condition()
+        self._turns: set[str] = set()  # names that a thread of this process is at
+        self._uses: Counter[str] = Counter()  # of entries by this process; each has a shared lock
+        with self._counting():
+            self._make_room(0)  # what dead writers left
+
+    def fetch(
+        self,
+        url: str,
+        *,
+        compression: str | None = None,
+        digest: str | None = None,
+        bytes: int | None = None,
+        stored_bytes: int | None = None,
+        ahead: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> str:
+        """The path of a local copy, decompressed; it stays until `release(path)`, once for each fetch.
+
+        digest, bytes, stored_bytes: see remote.fetch. ahead: raises NotNowError rather than wait for another
+        process or exceed the limit. Raises ShardError if it cannot be fetched, Cancelled once `cancel` is set.
+        """
+        known = {"compression": compression, "digest": digest, "bytes": bytes, "stored_bytes": stored_bytes}
+        name, cancel = _entry_name(url, known), cancel or threading.Event()
+        path = self.folder / name
+        with self._turn(name, cancel):
+            if not self._uses[name]:
+                while not self._held(path, bytes):
+                    if self._locks.exclusive(name):
+                        try:
+                            if not _is_whole(path, bytes):
+                                self._write(path, url, known, ahead, cancel)
+                        except BaseException:
+                            self._locks.release(name)
+                            raise
+                        self._locks.shared(name)
+                        break
+                    if ahead:
+                        raise NotNowError(url, full=False)
+                    if cancel.wait(_POLL_S):
+                        raise Cancelled(url)
+                _touch(path)
+            self._uses[name] += 1
+        return str(path)
+
+    def has(self, url: str, **known: Any) -> bool:
+        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch."""
+        return _is_whole(self.folder / _entry_name(url, known), known.get("bytes"))
+
+    def release(self, path: str) -> None:
+        """A fetched file is not needed any more; it stays in the folder until its room is needed."""
+        name = os.path.basename(path)
+        with self._turn(name):
+            self._uses[name] -= 1
+            if not self._uses[name]:
+                del self._uses[name]
+                _touch(self.folder / name)
+                self._locks.release(name)
+
+    def close(self) -> None:
+        """Release everything. Copies stay for other processes, and for the next run."""
+        self._locks.close()
+        self._uses.clear()
+
+    def _held(self, path: Path, size: int | None) -> bool:
+        """Whether the entry is there, and now locked for use."""
+        if self._locks.shared(path.name):
+            if _is_whole(path, size):
+                return True
+            self._locks.release(path.name)
+        return False
+
+    def _write(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
+        """Fetch into `.part`, which has its full size from the start so that others count it, then rename."""
+        part = path.with_name(path.name + _PART)
+        # Of a compressed file whose content has an unknown size, only the stored bytes can be counted before.
+        announced = known["bytes"] or known["stored_bytes"] or remote.size(url)
+        try:
+            with part.open("w+b") as file:
+                self._reserve(file.fileno(), announced, url, ahead)
+                written = remote.fetch(url, file, **known, cancel=cancel)
+                file.truncate(written)
+                file.flush()
+                os.fdatasync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            if isinstance(error, ShardError) or error.errno is None:
+                raise
+            advice = "free some, or lower the cache's limit" if error.errno == errno.ENOSPC else "check the folder"
+            raise ShardError(f"cannot keep {url} in the cache {self.folder}: {error}; {advice}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _reserve(self, descriptor: int, size: int, url: str, ahead: bool) -> None:
+        if size > self.limit_bytes:
+            raise ShardError(
+                f"{url} has {size} bytes, more than the {self.limit_bytes} of the cache {self.folder}; raise its limit"
+            )
+        with self._counting():
+            over = self._make_room(size)
+            if over and ahead:
+                raise NotNowError(url, full=True)
+            os.truncate(descriptor, size)
+        if over:
+            warnings.warn(
+                f"the cache {self.folder} exceeds its limit by {over} bytes because all other shards in it are in use; "
+                "raise the limit",
+                stacklevel=2,
+            )
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        with self._turn(""), self._locks.ledger():
+            yield
+
+    def _make_room(self, size: int) -> int:
+        """Remove entries, oldest use first, until `size` more bytes fit; returns the bytes that still do not."""
+        sizes, ages = {}, {}
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed since
+                status = entry.stat()
+                if entry.name.endswith(_PART) and self._remove(entry.name):
+                    continue
+                if entry.name != "locks":
+                    sizes[entry.name], ages[entry.name] = status.st_size, status.st_mtime_ns
+        over = sum(sizes.values()) + size - self.limit_bytes
+        for name in sorted(ages, key=ages.__getitem__):
+            if over <= 0:
+                return 0
+            if self._remove(name):
+                over -= sizes[name]
+        return max(over, 0)
+
+    def _remove(self, file_name: str) -> bool:
+        """Remove an entry or part that nobody uses; False if someone does."""
+        name = file_name.removesuffix(_PART)
+        with self._changed:
+            if self._uses.get(name) or name in self._turns:
+                return False
+            self._turns.add(name)
+        try:
+            if not self._locks.exclusive(name):
+                return False
+            (self.folder / file_name).unlink(missing_ok=True)
+            self._locks.release(name)
+            return True
+        finally:
+            self._end_turn(name)
+
+    @contextlib.contextmanager
+    def _turn(self, name: str, cancel: threading.Event | None = None) -> Iterator[None]:
+        """One thread of this process at a time: the kernel's locks tell processes apart, not threads."""
+        with self._changed:
+            while name in self._turns:
+                if cancel is not None and cancel.is_set():
+                    raise Cancelled(name)
+                self._changed.wait(0.1)
+            self._turns.add(name)
+        try:
+            yield
+        finally:
+            self._end_turn(name)
+
+    def _end_turn(self, name: str) -> None:
+        with self._changed:
+            self._turns.remove(name)
+            self._changed.notify_all()
+
+
+class _Locks:
+    """Locks by name on single bytes of one file; the kernel drops them with the open file description."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def shared(self, name: str) -> bool:
+        """Lock for use, also from exclusive; False if another process has it exclusively."""
+        return self._try(fcntl.F_RDLCK, _byte(name))
+
+    def exclusive(self, name: str) -> bool:
+        """Lock for writing or removing; False if another process has it."""
+        return self._try(fcntl.F_WRLCK, _byte(name))
+
+    def release(self, name: str) -> None:
+        if self._descriptor >= 0:
+            self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _byte(name))
+
+    @contextlib.contextmanager
+    def ledger(self) -> Iterator[None]:
+        self._set(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, _LEDGER)
+        try:
+            yield
+        finally:
+            self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _LEDGER)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _try(self, kind: int, byte: int) -> bool:
+        try:
+            self._set(fcntl.F_OFD_SETLK, kind, byte)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _set(self, command: int, kind: int, byte: int) -> None:
+        # struct flock: l_type, l_whence, l_start, l_len, l_pid, which must be 0.
+        fcntl.fcntl(self._descriptor, command, struct.pack("hhqqi0q", kind, os.SEEK_SET, byte, 1, 0))
+
+
+def _byte(name: str) -> int:
+    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+
+
+def _entry_name(url: str, known: dict[str, Any]) -> str:
+    """A file name that differs for every file and for everything that is known of it; its end is for people."""
+    fields = [url, *(known.get(key) for key in ("compression", "digest", "bytes", "stored_bytes"))]
+    key = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
+    return f"{key}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+
+
+def _touch(path: Path) -> None:
+    """Move an entry to the end of the order of removal; finer than the clock of the file system."""
+    now = time.time_ns()
+    with contextlib.suppress(FileNotFoundError):  # someone emptied the folder by hand
+        os.utime(path, ns=(now, now))
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        return False
+    return size is None or found == size

@@ -1,0 +1,102 @@
+"""Domains: named parts of the data, from paths, folders and mappings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixloader.errors import ManifestError
+from mixloader.formats import Shard, open_shards
+from mixloader.formats.opening import INDEX, SUFFIXES, holds_shards, token_files
+
+FIELDS = ("source", "target", None)
+_KEYS = ("path", "validation", "field", "group", "dtype", "format", "column")
+_HOLDS = f"token shards ({', '.join(SUFFIXES)}, or an {INDEX})"
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A named part of the data.
+
+    shards: read in training. validation: held out, never read in training.
+    field: "source" (to be kept), "target" (to be learned) or None. group: a label of the user's.
+    bytes_per_token: mean bytes of text a token, for losses in bits per byte.
+    """
+
+    name: str
+    shards: tuple[Shard, ...]
+    validation: tuple[Shard, ...] = ()
+    field: str | None = None
+    group: str | None = None
+    bytes_per_token: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Distinct training tokens."""
+        return sum(shard.tokens for shard in self.shards)
+
+
+def checked_domain(domain: Domain) -> Domain:
+    if domain.field not in FIELDS:
+        raise ManifestError(f"domain {domain.name!r} has field {domain.field!r}; expected 'source', 'target' or none")
+    if not domain.shards:
+        raise ManifestError(f"domain {domain.name!r} has no training shards")
+    return domain
+
+
+def domain_from_value(name: str, value: Any) -> Domain:
+    """A domain from a path, a list of paths or a mapping with a path and what else is known: see Manifest.open."""
+    options = dict(value) if isinstance(value, Mapping) else {"path": value}
+    unknown = sorted(set(options) - set(_KEYS))
+    if unknown or "path" not in options:
+        found = f"has an unknown key {unknown[0]!r}" if unknown else "has no 'path'"
+        raise ManifestError(f"domain {name!r} {found}; known keys are {', '.join(_KEYS)}")
+    how = {key: options.get(key) for key in ("format", "dtype", "column")}
+
+    def opened(key: str) -> list[Shard]:
+        value = options.get(key, ())
+        shards: list[Shard] = []
+        for path in [value] if isinstance(value, (str, os.PathLike)) else value:
+            found = open_shards(path, **how)
+            if not found:
+                raise ManifestError(f"folder {path} of domain {name!r} holds no {_HOLDS}")
+            shards += found
+        return shards
+
+    return _domain(name, opened("path"), opened("validation"), options.get("field"), options.get("group"))
+
+
+def domains_in_folder(folder: Path) -> tuple[Domain, ...]:
+    """Subfolders with shards are the domains; else, with an index.json or a train*, the folder; else each file."""
+    subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and holds_shards(path)]
+    if subfolders:
+        return tuple(_domain(path.name, open_shards(path)) for path in subfolders)
+    files = token_files(folder)
+    if (folder / INDEX).is_file() or any(file.stem.startswith("train") for file in files):
+        return (_domain(folder.resolve().name, open_shards(folder)),)
+    if not files:
+        raise ManifestError(f"folder {folder} holds neither a manifest.json nor {_HOLDS}; expected either")
+    return tuple(_domain(file.stem, open_shards(file)) for file in files if not _is_validation(file.name))
+
+
+def _domain(
+    name: str,
+    shards: Iterable[Shard],
+    validation: Iterable[Shard] = (),
+    field: str | None = None,
+    group: str | None = None,
+) -> Domain:
+    """A domain of shards, of which those with "val" in their name are held out."""
+    train: list[Shard] = []
+    held_out = list(validation)
+    for shard in shards:
+        (held_out if _is_validation(shard.path.rsplit("/", 1)[-1]) else train).append(shard)
+    return checked_domain(Domain(name, tuple(train), tuple(held_out), field, group))
+
+
+def _is_validation(name: str) -> bool:
+    stem = os.path.splitext(name)[0].lower()
+    return "val" in stem.replace("-", "_").split("_") or stem.startswith("val")

@@ -1,0 +1,26 @@
+"""Tables of documents that no file holds in a form that the core reads: written into the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from mixloader.files import cache_folder, replace
+from mixloader.formats.base import Documents
+
+
+def keep_table(starts: np.ndarray) -> Documents:
+    """A table of the tokens at which documents begin, ascending [N], in a file named after its content."""
+    content = np.ascontiguousarray(starts, dtype="<u8").tobytes()
+    path = cache_folder() / "tables" / f"{hashlib.sha256(content).hexdigest()[:32]}.u64"
+    if not path.exists() or path.stat().st_size != len(content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, content)
+    return Documents(str(path), 0, len(starts))
+
+
+def read_table(documents: Documents, content: bytes) -> np.ndarray:
+    """uint64 [N]: the tokens that a table's bytes stand for."""
+    numbers = np.frombuffer(content, dtype=f"<u{documents.width}", count=documents.count).astype(np.uint64)
+    return (numbers - np.uint64(documents.bias)) // np.uint64(documents.unit)
