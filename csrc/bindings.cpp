@@ -1,12 +1,7 @@
 // The module _core: its exceptions, and the parts that bindings.h names.
 #include "bindings.h"
 
-#include <pybind11/stl.h>
-
 #include "error.h"
-#include "permute.h"
-#include "philox.h"
-#include "planner.h"
 
 namespace mixloader {
 
@@ -32,19 +27,8 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
-  m.attr("WEIGHT_ONE") = kWeightOne;
-  m.def("philox", &philox, py::arg("key"), py::arg("counter"),
-        "Philox4x32-10 of a 64-bit key and four 32-bit counter words.");
-  m.def(
-      "permute",
-      [](std::uint64_t seed, std::uint64_t domain_key, std::uint64_t epoch,
-         std::uint64_t n, std::uint64_t index) {
-        return Permutation(seed, domain_key, epoch, n)(index);
-      },
-      py::arg("seed"), py::arg("domain_key"), py::arg("epoch"), py::arg("n"),
-      py::arg("index"),
-      "Where `index` goes in one epoch's order of n windows.");
-
+  bind_plan(m);
+  bind_files(m);
   bind_streamer(m);
 }
 

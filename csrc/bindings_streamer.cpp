@@ -385,11 +385,6 @@ void bind_streamer(py::module_& m) {
       .value("INDEX", Boundaries::kIndex)
       .value("AFTER_EOT", Boundaries::kAfterEot)
       .value("AT_EOT", Boundaries::kAtEot);
-  py::enum_<Sampling>(m, "Sampling")
-      .value("QUOTA", Sampling::kQuota)
-      .value("MULTINOMIAL", Sampling::kMultinomial)
-      .value("EXACT", Sampling::kExact);
-
   py::class_<PyStreamer>(m, "Streamer")
       .def(py::init(
                [](const py::object& domains, std::uint64_t seq_len,
@@ -401,9 +396,6 @@ void bind_streamer(py::module_& m) {
                   std::uint64_t batch_size, std::uint64_t micro_batches,
                   std::uint64_t world_size, std::uint64_t rank,
                   const Int64Array& units, std::optional<unsigned> threads) {
-                 const auto kind = !shuffle         ? Shuffle::Kind::kNone
-                                   : shuffle_shards ? Shuffle::Kind::kShards
-                                                    : Shuffle::Kind::kWindows;
                  return std::make_unique<PyStreamer>(
                      domains,
                      CorpusOptions{seq_len,
@@ -411,7 +403,7 @@ void bind_streamer(py::module_& m) {
                                    {inputs, targets, shared, boundaries, eot,
                                     mask_targets},
                                    mmap ? ReadMode::kMmap : ReadMode::kPread},
-                     seed, Shuffle{kind, shuffle_shards},
+                     seed, to_shuffle(shuffle, shuffle_shards),
                      PlanRules{sampling, std::move(limits), stop_at_limit},
                      Layout{batch_size, micro_batches, world_size, rank}, units,
                      to_threads(threads));

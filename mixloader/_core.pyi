@@ -11,6 +11,7 @@ WEIGHT_ONE: int
 
 def philox(key: int, counter: Sequence[int]) -> list[int]: ...
 def permute(seed: int, domain_key: int, epoch: int, n: int, index: int) -> int: ...
+def quantize(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]: ...
 
 class TokenType(Enum):
     INT64 = ...
@@ -27,6 +28,42 @@ class Sampling(Enum):
     QUOTA = ...
     MULTINOMIAL = ...
     EXACT = ...
+
+class Planner:
+    """The plan of a stream, without its data: reference.ReferenceStream, fast."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        keys: Sequence[int],
+        windows: Sequence[Sequence[int]],
+        rows: int,
+        units: npt.NDArray[np.int64],
+        shuffle: bool = True,
+        shuffle_shards: int = 0,
+        sampling: Sampling = Sampling.QUOTA,
+        limits: Sequence[int] = (),
+        stop_at_limit: bool = False,
+    ) -> None: ...
+    def plan(self, steps: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """(domain, draw, window), each [steps, rows], of the next steps; fewer where the stream ends."""
+
+    def skip(self, steps: int) -> int:
+        """Advance without looking; returns the steps done, fewer where the stream ends."""
+
+    def set_weights(self, units: npt.NDArray[np.int64]) -> None:
+        """Integer weights from the next step on."""
+
+    def effective_units(self) -> npt.NDArray[np.int64]:
+        """int64 [D]: the weights that the next step begins with, of the domains that have draws left."""
+
+    def window(self, domain: int, draw: int) -> int: ...
+    def upcoming(self, domain: int, draw: int, limit: int) -> list[tuple[int, int]]:
+        """(draws ahead, shard) of the shards that the draws from `draw` on need, each once."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 class Streamer:
     def __init__(
