@@ -59,6 +59,10 @@ void take(const py::dict& dict, const char* key, T& field) {
 
 std::span<const std::uint64_t> view(const py::dict& dict, const char* key) {
   if (!dict.contains(key)) return {};
+  if (!py::isinstance<py::array_t<std::uint64_t, py::array::c_style>>(
+          dict[key])) {
+    throw py::value_error(std::string(key) + " is no array of uint64");
+  }
   const auto array = dict[key].cast<py::array_t<std::uint64_t>>();
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
@@ -76,6 +80,7 @@ Shard to_shard(const py::dict& dict) {
   take(dict, "extent_stride", shard.extent_stride);
   shard.extent_ends = view(dict, "extent_ends");
   shard.extent_bytes = view(dict, "extent_bytes");
+  take(dict, "extents_are_documents", shard.extents_are_documents);
   take(dict, "checksums", shard.checksums);
   take(dict, "packing", shard.packing);
   if (dict.contains("documents")) {
@@ -302,6 +307,23 @@ class PyStreamer {
 
   std::uint64_t step() { return checked()->streamer.step(); }
 
+  // (shard within the domain, its token, document or None, its first token).
+  std::tuple<std::uint32_t, std::uint64_t, std::optional<std::uint64_t>,
+             std::optional<std::uint64_t>>
+  locate(std::uint32_t domain, std::uint64_t window) {
+    const auto engine = checked();
+    const Corpus& corpus = engine->streamer.corpus();
+    if (domain >= corpus.domains() ||
+        window >= corpus.window_ends(domain).back()) {
+      throw py::index_error("there is no such window");
+    }
+    const py::gil_scoped_release release;
+    const RowPlace place = corpus.locate(domain, window);
+    const auto document = corpus.document_at(domain, window);
+    if (!document) return {place.shard, place.token, {}, {}};
+    return {place.shard, place.token, document->number, document->token};
+  }
+
   Int64Array weights_at(std::uint64_t step) {
     const auto units = checked()->streamer.weights_at(step);
     return Int64Array(static_cast<py::ssize_t>(units.size()), units.data());
@@ -321,13 +343,26 @@ class PyStreamer {
     locations(*checked(), shard).fail(shard, std::move(message));
   }
   void withdraw(std::uint32_t shard) {
-    locations(*checked(), shard).withdraw(shard);
+    const auto engine = checked();
+    locations(*engine, shard).withdraw(shard);
+    engine->streamer.corpus().close(shard);
   }
   std::vector<std::uint32_t> wanted(std::uint64_t timeout_ms) {
     const auto engine = checked();
     const py::gil_scoped_release release;
     return engine->streamer.corpus().locations().wanted(
         std::chrono::milliseconds(timeout_ms));
+  }
+
+  // (rows ahead, shard), soonest first.
+  std::vector<std::pair<double, std::uint32_t>> upcoming(std::uint64_t limit) {
+    const auto engine = checked();
+    const py::gil_scoped_release release;
+    std::vector<std::pair<double, std::uint32_t>> result;
+    for (const auto& [rows, shard] : engine->streamer.upcoming(limit)) {
+      result.emplace_back(rows, shard);
+    }
+    return result;
   }
 
   void close() {
@@ -430,6 +465,7 @@ void bind_streamer(py::module_& m) {
       .def("peek", &PyStreamer::peek)
       .def("skip", &PyStreamer::skip, py::arg("n"))
       .def("step", &PyStreamer::step)
+      .def("locate", &PyStreamer::locate, py::arg("domain"), py::arg("window"))
       .def("weights_at", &PyStreamer::weights_at, py::arg("step"))
       .def("state", &PyStreamer::state)
       .def("load_state", &PyStreamer::load_state, py::arg("state"))
@@ -437,6 +473,7 @@ void bind_streamer(py::module_& m) {
       .def("fail", &PyStreamer::fail, py::arg("shard"), py::arg("message"))
       .def("withdraw", &PyStreamer::withdraw, py::arg("shard"))
       .def("wanted", &PyStreamer::wanted, py::arg("timeout_ms"))
+      .def("upcoming", &PyStreamer::upcoming, py::arg("limit"))
       .def("close", &PyStreamer::close);
 }
 

@@ -1,6 +1,7 @@
 #include "streamer.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
@@ -14,6 +15,7 @@ Streamer::Streamer(std::unique_ptr<const Corpus> corpus, std::uint64_t seed,
       layout_(layout),
       most_threads_(threads.most),
       pace_(corpus_->options().seq_len),
+      read_ahead_(*corpus_, orders_, layout_),
       timeline_(seed, std::move(rules), layout, corpus_->domains(),
                 std::move(units)) {
   for (std::uint32_t domain = 0; domain < corpus_->domains(); ++domain) {
@@ -120,6 +122,36 @@ void Streamer::load_state(StreamState state) {
   refill_from(0);
 }
 
+std::vector<ShardAhead> Streamer::upcoming(std::uint64_t limit) const {
+  std::shared_ptr<const PlanState> here;
+  Weights weights;
+  {
+    const std::lock_guard lock(mutex_);
+    here = timeline_.here();
+    weights = timeline_.weights_at(here->step);
+  }
+  const Locations& locations = corpus_->locations();
+  std::vector<ShardAhead> result;
+  for (std::uint32_t domain = 0; domain < orders_.size(); ++domain) {
+    const auto units = static_cast<double>((*weights.units)[domain]);
+    WindowOrder::Cache cache;
+    for (const auto& [draws, shard] :
+         orders_[domain].upcoming(here->cursors[domain], limit, cache)) {
+      const std::uint32_t number = corpus_->first_shard(domain) + shard;
+      if (!locations.fetched(number)) continue;
+      const double rows = units > 0
+                              ? static_cast<double>(draws) * kWeightOne / units
+                              : std::numeric_limits<double>::infinity();
+      result.push_back({rows, number});
+    }
+  }
+  std::stable_sort(
+      result.begin(), result.end(),
+      [](const auto& a, const auto& b) { return a.rows < b.rows; });
+  if (result.size() > limit) result.resize(limit);
+  return result;
+}
+
 // One piece of work on a slot, if there is any: its step's plan, or some of its
 // rows.
 bool Streamer::work_on(Slot& slot, std::size_t index, Lock& lock,
@@ -181,10 +213,14 @@ bool Streamer::help(Lock& lock, Clock::time_point deadline) {
 void Streamer::plan_for(Slot& slot, Lock& lock) {
   planning_ = true;
   StepPlan plan = timeline_.begin_plan();
+  const bool ahead = pace_.ahead();
+  const std::uint64_t queue =
+      slots_.size() * layout_.batch_size * layout_.world_size;
   lock.unlock();
   std::exception_ptr error;
   try {
     timeline_.run_plan(plan);
+    if (ahead && plan.after) read_ahead_.ask(plan, queue);
   } catch (...) {
     error = std::current_exception();
   }
@@ -355,14 +391,17 @@ void Streamer::write_rows(const std::vector<PlannedRow>& rows,
   const auto part = [rows_here](auto span, std::uint64_t i) {
     return span.empty() ? nullptr : span.data() + i * (span.size() / rows_here);
   };
+  workspace.rows.clear();
   for (std::uint64_t i = claim.first; i < claim.first + claim.count; ++i) {
     const PlannedRow& row = rows[first + i];
-    corpus_->read_row(row.domain, window_of(row, workspace),
-                      {part(buffers.inputs, i), part(buffers.targets, i),
-                       part(buffers.positions, i), part(buffers.documents, i)},
-                      workspace.corpus);
+    workspace.rows.push_back(
+        {row.domain,
+         window_of(row, workspace),
+         {part(buffers.inputs, i), part(buffers.targets, i),
+          part(buffers.positions, i), part(buffers.documents, i)}});
     buffers.domains[i] = row.domain;
   }
+  corpus_->read_rows(workspace.rows, workspace.corpus);
 }
 
 }  // namespace mixloader

@@ -17,6 +17,7 @@
 #include "corpus.h"
 #include "order.h"
 #include "pace.h"
+#include "read_ahead.h"
 #include "timeline.h"
 
 namespace mixloader {
@@ -48,7 +49,8 @@ struct Threads {
   unsigned most;
 };
 
-// A shard that will be needed, and how many rows (of all ranks) ahead.
+// A shard that will be needed, and how many rows (of all ranks) ahead; infinite
+// for a domain that has no weight.
 struct ShardAhead {
   double rows;
   std::uint32_t shard;
@@ -94,6 +96,10 @@ class Streamer {
   StreamState state() const;
   void load_state(StreamState state);
 
+  // The shards to fetch that the stream needs next, `limit` at most, as things
+  // stand: soonest first.
+  std::vector<ShardAhead> upcoming(std::uint64_t limit) const;
+
   const Corpus& corpus() const { return *corpus_; }
 
   // Ends and joins the threads; a next() that waits, and any later one, throws.
@@ -122,6 +128,7 @@ class Streamer {
   // A thread's own: orders in use and what reads need.
   struct Workspace {
     std::vector<WindowOrder::Cache> orders;
+    std::vector<RowRequest> rows;
     Corpus::Workspace corpus;
   };
   struct Claim {
@@ -169,6 +176,7 @@ class Streamer {
   bool helping_ = false;   // some caller has caller_workspace_
   std::uint64_t fills_ = 0;
   Pace pace_;
+  ReadAhead read_ahead_;  // used while planning_
   Timeline timeline_;
   std::deque<Slot> slots_;  // oldest first; references outlive push and pop
   Workspace caller_workspace_;
