@@ -81,8 +81,13 @@ void Locations::fail(std::uint32_t shard, std::string message) {
 }
 
 void Locations::withdraw(std::uint32_t shard) {
-  const std::lock_guard lock(mutex_);
-  paths_.at(shard).clear();
+  {
+    const std::lock_guard lock(mutex_);
+    paths_.at(shard).clear();
+    // A reader that had not woken yet asks again.
+    asked_ = asked_ || waiting_.contains(shard);
+  }
+  changed_.notify_all();
 }
 
 std::vector<std::uint32_t> Locations::wanted(

@@ -124,16 +124,16 @@ void Streamer::load_state(StreamState state) {
 
 std::vector<ShardAhead> Streamer::upcoming(std::uint64_t limit) const {
   std::shared_ptr<const PlanState> here;
-  Weights weights;
+  std::vector<std::int64_t> weights;
   {
     const std::lock_guard lock(mutex_);
     here = timeline_.here();
-    weights = timeline_.weights_at(here->step);
+    weights = timeline_.effective_units();
   }
   const Locations& locations = corpus_->locations();
   std::vector<ShardAhead> result;
   for (std::uint32_t domain = 0; domain < orders_.size(); ++domain) {
-    const auto units = static_cast<double>((*weights.units)[domain]);
+    const auto units = static_cast<double>(weights[domain]);
     WindowOrder::Cache cache;
     for (const auto& [draws, shard] :
          orders_[domain].upcoming(here->cursors[domain], limit, cache)) {

@@ -48,6 +48,11 @@ const Weights& Timeline::weights_at(std::uint64_t step) const {
   return weights_in_force(step);
 }
 
+std::vector<std::int64_t> Timeline::effective_units() const {
+  return mixloader::effective_units(*weights_in_force(step_).units, rules_,
+                                    here()->cursors);
+}
+
 const StepPlan* Timeline::planned(std::uint64_t step) const {
   return step - step_ < planned_.size() ? &planned_[step - step_] : nullptr;
 }

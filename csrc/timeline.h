@@ -73,6 +73,9 @@ class Timeline {
   // Throws WeightsError for a step that has passed.
   const Weights& weights_at(std::uint64_t step) const;
 
+  // Those of them that the step under way began with: see effective_units.
+  std::vector<std::int64_t> effective_units() const;
+
   // The plan of `step`, at or after the one under way; null: not drawn yet.
   const StepPlan* planned(std::uint64_t step) const;
   // Whether it is known that the stream ends before `step`.
