@@ -27,8 +27,8 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
-  bind_files(m);
   bind_plan(m);
+  bind_files(m);
   bind_streamer(m);
 }
 

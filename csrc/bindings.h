@@ -1,5 +1,5 @@
-// The parts of the module _core, a file each. pybind11 only: conversion, the
-// GIL, and errors. No logic of the loader's.
+// The parts of the module _core, a file each, and what they share. pybind11
+// only: conversion, the GIL, and errors. No logic of the loader's.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,11 +10,11 @@ namespace mixloader {
 
 namespace py = pybind11;
 
-// Checksums, and failures of system calls to order.
-void bind_files(py::module_& m);
-// Philox, permutations, weights, the plan without data.
+// Philox, permutations, weights, the plan without data: bindings_plan.cpp.
 void bind_plan(py::module_& m);
-// The threads that fill batches.
+// Checksums and what tests need of files: bindings_files.cpp.
+void bind_files(py::module_& m);
+// The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
 
 inline Shuffle to_shuffle(bool shuffle, std::uint64_t shuffle_shards) {

@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <tuple>
 
 #include "bindings.h"
+#include "buffers.h"
 #include "streamer.h"
 
 namespace mixloader {
@@ -18,29 +20,32 @@ using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 // not have keep their defaults.
 using DomainTuple = std::pair<std::uint64_t, std::vector<py::dict>>;
 
-template <typename T>
-std::span<T> writable(const py::object& array, std::size_t size) {
-  if (array.is_none()) return {};
-  auto whole = py::array_t<T, py::array::c_style>::ensure(array);
-  if (!whole || whole.ptr() != array.ptr() ||
-      static_cast<std::size_t>(whole.size()) != size) {
-    throw py::value_error("a buffer is no contiguous array of " +
-                          std::to_string(size) + " entries of its type");
+// A buffer of so many bytes; 0: none is asked for.
+std::span<std::byte> writable_bytes(const py::object& object,
+                                    std::size_t bytes) {
+  if (bytes == 0) {
+    if (object.is_none()) return {};
+    throw py::value_error("a buffer was given that the format does not use");
   }
-  return {whole.mutable_data(), size};
+  if (!py::isinstance<py::array>(object)) {
+    throw py::value_error("a buffer that the format needs is no array");
+  }
+  auto array = py::reinterpret_borrow<py::array>(object);
+  if (!(array.flags() & py::array::c_style) ||
+      static_cast<std::size_t>(array.nbytes()) != bytes) {
+    throw py::value_error("a buffer is no contiguous array of " +
+                          std::to_string(bytes) + " bytes");
+  }
+  return {static_cast<std::byte*>(array.mutable_data()), bytes};
 }
 
-// Any element type; `size` in bytes.
-std::span<std::byte> writable_bytes(const py::object& object,
-                                    std::size_t size) {
-  if (object.is_none()) return {};
-  auto array = py::cast<py::array>(object);
-  if (!(array.flags() & py::array::c_style) ||
-      static_cast<std::size_t>(array.nbytes()) != size) {
-    throw py::value_error("a buffer is no contiguous array of " +
-                          std::to_string(size) + " bytes");
+template <typename T>
+std::span<T> writable(const py::object& object, std::size_t bytes) {
+  if (bytes > 0 && !py::isinstance<py::array_t<T>>(object)) {
+    throw py::value_error("a buffer is no array of its type");
   }
-  return {static_cast<std::byte*>(array.mutable_data()), size};
+  const auto raw = writable_bytes(object, bytes);
+  return {reinterpret_cast<T*>(raw.data()), raw.size() / sizeof(T)};
 }
 
 std::vector<std::int64_t> to_vector(const Int64Array& array) {
@@ -112,7 +117,7 @@ py::dict to_dict(const StreamState& state) {
     py::list change;  // a list, as JSON would give it back
     change.append(step);
     change.append(entry.version);
-    change.append(entry.units);
+    change.append(*entry.units);
     weights.append(change);
   }
   py::dict result;
@@ -135,7 +140,10 @@ StreamState from_dict(const py::dict& dict) {
   for (const py::handle entry : dict["weights"]) {
     auto [step, version, units] = entry.cast<
         std::tuple<std::uint64_t, std::uint64_t, std::vector<std::int64_t>>>();
-    state.weights.emplace(step, Weights{version, std::move(units)});
+    state.weights.emplace(
+        step,
+        Weights{version, std::make_shared<const std::vector<std::int64_t>>(
+                             std::move(units))});
   }
   return state;
 }
@@ -147,13 +155,50 @@ struct Engine {
   Streamer streamer;  // last: its threads are joined before the arrays go
 };
 
+// Bytes of each buffer of a batch, in the order of submit(); 0: not asked for.
+using BufferSizes = std::array<std::size_t, 5>;
+
+BufferSizes buffer_sizes(const Layout& layout, const CorpusOptions& options) {
+  const RowFormat& format = options.format;
+  const std::size_t rows = layout.batch_size;
+  const std::size_t size = rows * options.seq_len;
+  const bool documents = format.boundaries != Boundaries::kNone;
+  return {(size + (format.shared ? rows : 0)) * width(format.inputs),
+          format.shared ? 0 : size * width(format.targets),
+          rows * sizeof(std::int64_t),
+          documents ? size * sizeof(std::int64_t) : 0,
+          documents ? size * sizeof(std::int32_t) : 0};
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t block_size(const BufferSizes& sizes) {
+  std::size_t total = 0;
+  for (const std::size_t size : sizes) total += aligned(size);
+  return total;
+}
+
+py::dtype dtype(TokenType type) {
+  return type == TokenType::kInt64   ? py::dtype::of<std::int64_t>()
+         : type == TokenType::kInt32 ? py::dtype::of<std::int32_t>()
+                                     : py::dtype::of<std::uint16_t>();
+}
+
+// Threads of a Python argument: a number, or None for as many as it takes.
+Threads to_threads(std::optional<unsigned> threads) {
+  constexpr unsigned kMost = 32;
+  return threads ? Threads{*threads, *threads} : Threads{1, kMost};
+}
+
 class PyStreamer {
  public:
   PyStreamer(const py::object& domains, CorpusOptions options,
              std::uint64_t seed, Shuffle shuffle, PlanRules rules,
-             Layout layout, const Int64Array& units, unsigned threads)
+             Layout layout, const Int64Array& units, Threads threads)
       : layout_(layout),
         options_(options),
+        sizes_(buffer_sizes(layout, options)),
+        pool_(block_size(sizes_)),
         owner_(::getpid()),
         engine_(new Engine{
             domains,
@@ -166,49 +211,98 @@ class PyStreamer {
   PyStreamer(const PyStreamer&) = delete;
   PyStreamer& operator=(const PyStreamer&) = delete;
 
+  // Arrays for submit(), over one block of memory that goes back to the pool
+  // when the last of them, and of the views of them, dies.
+  py::tuple buffers() {
+    BufferPool::Block block = pool_.take();
+    std::byte* start = block.get();
+    const py::capsule owner(
+        new BufferPool::Block(std::move(block)),
+        [](void* block) { delete static_cast<BufferPool::Block*>(block); });
+    const auto rows = static_cast<py::ssize_t>(layout_.batch_size);
+    const auto length = static_cast<py::ssize_t>(options_.seq_len);
+    const RowFormat& format = options_.format;
+    const std::array<py::dtype, 5> types{
+        dtype(format.inputs), dtype(format.targets),
+        py::dtype::of<std::int64_t>(), py::dtype::of<std::int64_t>(),
+        py::dtype::of<std::int32_t>()};
+    py::tuple result(sizes_.size());
+    for (std::size_t i = 0; i < sizes_.size(); ++i) {
+      if (sizes_[i] == 0) {
+        result[i] = py::none();
+      } else if (i == 2) {
+        result[i] = py::array(types[i], {rows}, start, owner);
+      } else {
+        result[i] = py::array(
+            types[i], {rows, length + (i == 0 && format.shared ? 1 : 0)}, start,
+            owner);
+      }
+      start += aligned(sizes_[i]);
+    }
+    return result;
+  }
+
   // See BatchBuffers; None for what the format does not ask for.
   void submit(const py::object& inputs, const py::object& targets,
               const py::object& domains, const py::object& positions,
               const py::object& documents) {
     const auto engine = checked();
-    const std::size_t rows = layout_.batch_size;
-    const std::size_t size = rows * options_.seq_len;
-    const RowFormat& format = options_.format;
-    const BatchBuffers buffers{
-        writable_bytes(
-            inputs, (size + (format.shared ? rows : 0)) * width(format.inputs)),
-        writable_bytes(targets, size * width(format.targets)),
-        writable<std::int64_t>(domains, rows),
-        writable<std::int64_t>(positions, size),
-        writable<std::int32_t>(documents, size)};
+    const BatchBuffers buffers{writable_bytes(inputs, sizes_[0]),
+                               writable_bytes(targets, sizes_[1]),
+                               writable<std::int64_t>(domains, sizes_[2]),
+                               writable<std::int64_t>(positions, sizes_[3]),
+                               writable<std::int32_t>(documents, sizes_[4])};
     engine->arrays.push_back(
         py::make_tuple(inputs, targets, domains, positions, documents));
     engine->streamer.submit(buffers);
   }
 
-  // (step, micro-batch, version of the weights), or None at the stream's end.
-  std::optional<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>>
-  next() {
+  // (step, micro-batch, version of the weights, whether it was waited for,
+  // number of the fill), or None at the stream's end.
+  using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
+                           std::uint64_t>;
+  std::optional<Drawn> next() {
     const auto engine = checked();
-    while (true) {
-      std::optional<BatchPosition> position;
+    // While batches are read ahead the GIL stays; letting go of it may cost a
+    // wait for another thread.
+    auto batch = engine->streamer.next(std::chrono::milliseconds(0));
+    const bool waited = !batch;
+    while (!batch) {
       {
         const py::gil_scoped_release release;
-        position = engine->streamer.next(std::chrono::milliseconds(100));
+        batch = engine->streamer.next(std::chrono::milliseconds(100));
       }
-      if (position) {
-        if (position->end) return std::nullopt;
-        engine->arrays.pop_front();
-        return std::tuple{position->step, position->micro_batch,
-                          position->weights_version};
-      }
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!batch && PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
+    if (batch->end) return std::nullopt;
+    engine->arrays.pop_front();
+    return Drawn{batch->step, batch->micro_batch, batch->weights_version,
+                 waited, batch->fill};
   }
+
+  std::optional<std::uint64_t> peek() { return checked()->streamer.peek(); }
 
   std::uint64_t set_weights(const Int64Array& units,
                             std::optional<std::uint64_t> step) {
     return checked()->streamer.set_weights(to_vector(units), step);
+  }
+
+  // In parts, so that it can be interrupted; what was passed over stays so.
+  std::uint64_t skip(std::uint64_t n) {
+    const auto engine = checked();
+    constexpr std::uint64_t kPart = 1024;
+    while (true) {
+      const std::uint64_t part = std::min(n, kPart);
+      const std::uint64_t before = engine->streamer.step();
+      std::uint64_t after;
+      {
+        const py::gil_scoped_release release;
+        after = engine->streamer.skip(part);
+      }
+      n -= part;
+      if (n == 0 || after - before < part) return after;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
   }
 
   std::uint64_t step() { return checked()->streamer.step(); }
@@ -241,6 +335,36 @@ class PyStreamer {
     checked()->streamer.load_state(from_dict(state));
   }
 
+  // Where shards that must be fetched are: see Locations.
+  void provide(std::uint32_t shard, std::string path) {
+    locations(*checked(), shard).provide(shard, std::move(path));
+  }
+  void fail(std::uint32_t shard, std::string message) {
+    locations(*checked(), shard).fail(shard, std::move(message));
+  }
+  void withdraw(std::uint32_t shard) {
+    const auto engine = checked();
+    locations(*engine, shard).withdraw(shard);
+    engine->streamer.corpus().close(shard);
+  }
+  std::vector<std::uint32_t> wanted(std::uint64_t timeout_ms) {
+    const auto engine = checked();
+    const py::gil_scoped_release release;
+    return engine->streamer.corpus().locations().wanted(
+        std::chrono::milliseconds(timeout_ms));
+  }
+
+  // (rows ahead, shard), soonest first.
+  std::vector<std::pair<double, std::uint32_t>> upcoming(std::uint64_t limit) {
+    const auto engine = checked();
+    const py::gil_scoped_release release;
+    std::vector<std::pair<double, std::uint32_t>> result;
+    for (const auto& [rows, shard] : engine->streamer.upcoming(limit)) {
+      result.emplace_back(rows, shard);
+    }
+    return result;
+  }
+
   void close() {
     auto engine = std::move(engine_);
     if (!engine) return;
@@ -267,9 +391,20 @@ class PyStreamer {
     return engine_;
   }
 
-  Layout layout_;
-  CorpusOptions options_;
-  pid_t owner_;
+  static Locations& locations(const Engine& engine, std::uint32_t shard) {
+    Locations& all = engine.streamer.corpus().locations();
+    if (shard >= all.size() || !all.fetched(shard)) {
+      throw py::value_error("shard " + std::to_string(shard) +
+                            " is none that has to be fetched");
+    }
+    return all;
+  }
+
+  const Layout layout_;
+  const CorpusOptions options_;
+  const BufferSizes sizes_;
+  BufferPool pool_;
+  const pid_t owner_;
   std::shared_ptr<Engine> engine_;
 };
 
@@ -286,28 +421,28 @@ void bind_streamer(py::module_& m) {
       .value("AFTER_EOT", Boundaries::kAfterEot)
       .value("AT_EOT", Boundaries::kAtEot);
   py::class_<PyStreamer>(m, "Streamer")
-      .def(py::init([](const py::object& domains, std::uint64_t seq_len,
-                       std::uint64_t vocab_size, TokenType inputs,
-                       TokenType targets, bool shared, Boundaries boundaries,
-                       std::uint64_t eot, bool mask_targets, bool mmap,
-                       std::uint64_t seed, bool shuffle,
-                       std::uint64_t shuffle_shards, Sampling sampling,
-                       std::vector<std::uint64_t> limits, bool stop_at_limit,
-                       std::uint64_t batch_size, std::uint64_t micro_batches,
-                       std::uint64_t world_size, std::uint64_t rank,
-                       const Int64Array& units, unsigned threads) {
-             return std::make_unique<PyStreamer>(
-                 domains,
-                 CorpusOptions{
-                     seq_len,
-                     vocab_size,
-                     {inputs, targets, shared, boundaries, eot, mask_targets},
-                     mmap ? ReadMode::kMmap : ReadMode::kPread},
-                 seed, to_shuffle(shuffle, shuffle_shards),
-                 PlanRules{sampling, std::move(limits), stop_at_limit},
-                 Layout{batch_size, micro_batches, world_size, rank}, units,
-                 threads);
-           }),
+      .def(py::init(
+               [](const py::object& domains, std::uint64_t seq_len,
+                  std::uint64_t vocab_size, TokenType inputs, TokenType targets,
+                  bool shared, Boundaries boundaries, std::uint64_t eot,
+                  bool mask_targets, bool mmap, std::uint64_t seed,
+                  bool shuffle, std::uint64_t shuffle_shards, Sampling sampling,
+                  std::vector<std::uint64_t> limits, bool stop_at_limit,
+                  std::uint64_t batch_size, std::uint64_t micro_batches,
+                  std::uint64_t world_size, std::uint64_t rank,
+                  const Int64Array& units, std::optional<unsigned> threads) {
+                 return std::make_unique<PyStreamer>(
+                     domains,
+                     CorpusOptions{seq_len,
+                                   vocab_size,
+                                   {inputs, targets, shared, boundaries, eot,
+                                    mask_targets},
+                                   mmap ? ReadMode::kMmap : ReadMode::kPread},
+                     seed, to_shuffle(shuffle, shuffle_shards),
+                     PlanRules{sampling, std::move(limits), stop_at_limit},
+                     Layout{batch_size, micro_batches, world_size, rank}, units,
+                     to_threads(threads));
+               }),
            py::kw_only(), py::arg("domains"), py::arg("seq_len"),
            py::arg("vocab_size"), py::arg("inputs") = TokenType::kInt64,
            py::arg("targets") = TokenType::kInt64, py::arg("shared") = false,
@@ -320,17 +455,25 @@ void bind_streamer(py::module_& m) {
            py::arg("stop_at_limit") = false, py::arg("batch_size"),
            py::arg("micro_batches"), py::arg("world_size"), py::arg("rank"),
            py::arg("units"), py::arg("threads"))
+      .def("buffers", &PyStreamer::buffers)
       .def("submit", &PyStreamer::submit, py::arg("inputs"), py::arg("targets"),
            py::arg("domains"), py::arg("positions") = py::none(),
            py::arg("documents") = py::none())
       .def("next", &PyStreamer::next)
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())
+      .def("peek", &PyStreamer::peek)
+      .def("skip", &PyStreamer::skip, py::arg("n"))
       .def("step", &PyStreamer::step)
       .def("locate", &PyStreamer::locate, py::arg("domain"), py::arg("window"))
       .def("weights_at", &PyStreamer::weights_at, py::arg("step"))
       .def("state", &PyStreamer::state)
       .def("load_state", &PyStreamer::load_state, py::arg("state"))
+      .def("provide", &PyStreamer::provide, py::arg("shard"), py::arg("path"))
+      .def("fail", &PyStreamer::fail, py::arg("shard"), py::arg("message"))
+      .def("withdraw", &PyStreamer::withdraw, py::arg("shard"))
+      .def("wanted", &PyStreamer::wanted, py::arg("timeout_ms"))
+      .def("upcoming", &PyStreamer::upcoming, py::arg("limit"))
       .def("close", &PyStreamer::close);
 }
 

@@ -12,7 +12,6 @@ WEIGHT_ONE: int
 def philox(key: int, counter: Sequence[int]) -> list[int]: ...
 def permute(seed: int, domain_key: int, epoch: int, n: int, index: int) -> int: ...
 def quantize(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]: ...
-
 def xxh64(data: bytes, seed: int = 0) -> int: ...
 def write_checksums(path: str, sidecar: str, block_bytes: int = 4096) -> None: ...
 def verify(path: str, sidecar: str) -> None: ...
@@ -106,8 +105,13 @@ class Streamer:
         world_size: int,
         rank: int,
         units: npt.NDArray[np.int64],
-        threads: int,
-    ) -> None: ...
+        threads: int | None,
+    ) -> None:
+        """threads: None leaves their number to the core, which adds some when reads are slow; 0 reads in next()."""
+
+    def buffers(self) -> tuple[npt.NDArray[Any] | None, ...]:
+        """What submit() takes, in recycled memory: it goes back when the last array or view of it dies."""
+
     def submit(
         self,
         inputs: npt.NDArray[Any],
@@ -116,11 +120,35 @@ class Streamer:
         positions: npt.NDArray[np.int64] | None = None,
         documents: npt.NDArray[np.int32] | None = None,
     ) -> None: ...
-    def next(self) -> tuple[int, int, int] | None: ...
+    def next(self) -> tuple[int, int, int, bool, int] | None:
+        """(step, micro-batch, weights version, had to wait, fill number); None where the stream ends.
+
+        At the end no buffers are given up; set_weights, skip and load_state may find more of the stream.
+        """
+
+    def peek(self) -> int | None:
+        """The fill number of the oldest buffers, if they are ready; it changes when they are filled anew."""
+
     def set_weights(self, units: npt.NDArray[np.int64], step: int | None = None) -> int: ...
+    def skip(self, n: int) -> int:
+        """Pass over n steps, fewer where the stream ends; returns the next. Raises StateError inside a step."""
+
     def step(self) -> int: ...
     def locate(self, domain: int, window: int) -> tuple[int, int, int | None, int | None]: ...
     def weights_at(self, step: int) -> npt.NDArray[np.int64]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
+    def provide(self, shard: int, path: str) -> None:
+        """Shards are numbered through all domains; one that had no path to begin with is now here."""
+
+    def fail(self, shard: int, message: str) -> None:
+        """Those who wait for a shard get a ShardError; the next next() asks for it again."""
+
+    def withdraw(self, shard: int) -> None: ...
+    def wanted(self, timeout_ms: int) -> list[int]:
+        """Shards that readers wait for; returns as soon as one asks anew, else after the timeout."""
+
+    def upcoming(self, limit: int) -> list[tuple[float, int]]:
+        """(rows ahead over all ranks, shard) of the shards to fetch that the stream needs next, soonest first."""
+
     def close(self) -> None: ...
