@@ -21,8 +21,8 @@ constexpr std::uint64_t kCacheLine = 64;
 // another system call costs.
 constexpr std::uint64_t kGap = 4096;
 
-// Ids that are checked and widened together, so that what was read stays in the
-// first cache.
+// Ids that become inputs and targets in turn, so that what was read is still in
+// the first cache.
 constexpr std::uint64_t kIdsAtATime = 4096;
 
 // A data set may have more shards than a process may have descriptors, and
@@ -69,8 +69,8 @@ Corpus::Corpus(std::vector<Domain> domains, CorpusOptions options)
   check_format(format);
   if (!format.shared) id_end_ = std::min(id_end_, capacity_of(format.targets));
   for (const std::size_t width : {1, 2, 4, 8}) {
-    kernels_.push_back({largest_from(width), widen_from(width, format.inputs),
-                        widen_from(width, format.targets)});
+    kernels_.push_back(
+        {widen_from(width, format.inputs), widen_from(width, format.targets)});
   }
   std::vector<std::string> paths;
   for (const Domain& domain : domains_) {
@@ -293,19 +293,17 @@ std::uint64_t Corpus::write_ids(const std::byte* ids, std::size_t width,
   const RowFormat& format = options_.format;
   const Kernels& kernels = kernels_[std::countr_zero(width)];
   const std::uint64_t n = options_.seq_len;
+  if (format.shared) return kernels.inputs(ids, n + 1, buffers.inputs);
   std::uint64_t largest = 0;
   for (std::uint64_t i = 0; i < n; i += kIdsAtATime) {
     const std::uint64_t some = std::min(kIdsAtATime, n - i);
     const std::byte* from = ids + i * width;
-    std::byte* inputs = buffers.inputs + i * width_of(format.inputs);
-    largest = std::max(largest, kernels.largest(from, some + 1));
-    if (format.shared) {
-      kernels.inputs(from, some + 1, inputs);
-    } else {
-      kernels.inputs(from, some, inputs);
-      kernels.targets(from + width, some,
-                      buffers.targets + i * width_of(format.targets));
-    }
+    largest = std::max(
+        {largest,
+         kernels.inputs(from, some,
+                        buffers.inputs + i * width_of(format.inputs)),
+         kernels.targets(from + width, some,
+                         buffers.targets + i * width_of(format.targets))});
   }
   return largest;
 }

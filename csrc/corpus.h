@@ -133,7 +133,6 @@ class Corpus {
 
   // For ids of one width on the disk.
   struct Kernels {
-    Largest largest;
     Widen inputs;
     Widen targets;
   };

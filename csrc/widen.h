@@ -15,17 +15,15 @@ std::size_t width_of(TokenType type);
 // Ids below this fit.
 std::uint64_t capacity_of(TokenType type);
 
-// Writes n ids to `out`; those that do not fit come out wrong, see Largest.
-// Neither side need be aligned.
-using Widen = void (*)(const std::byte* ids, std::size_t n, std::byte* out);
-
-// The largest of n ids, read as unsigned: a negative id is larger than any that
-// its width can hold. 0 if n is 0.
-using Largest = std::uint64_t (*)(const std::byte* ids, std::size_t n);
+// Writes n ids to `out`, and returns the largest as it was before (0 if n is
+// 0): those that do not fit come out wrong. All are read as unsigned, so that a
+// negative id is larger than any that its width can hold. Neither side need be
+// aligned.
+using Widen = std::uint64_t (*)(const std::byte* ids, std::size_t n,
+                                std::byte* out);
 
 // For ids of `width` bytes; the fastest that this machine can run.
 Widen widen_from(std::size_t width, TokenType type);
-Largest largest_from(std::size_t width);
 
 // The i-th id.
 std::uint64_t id_at(const std::byte* ids, std::size_t width, std::size_t i);
