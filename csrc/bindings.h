@@ -14,6 +14,8 @@ namespace py = pybind11;
 void bind_plan(py::module_& m);
 // Checksums and what tests need of files: bindings_files.cpp.
 void bind_files(py::module_& m);
+// Packed rows: bindings_packing.cpp.
+void bind_packing(py::module_& m);
 // The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
 
