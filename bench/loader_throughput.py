@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,14 +96,23 @@ class Peer:
         ]  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-            )
+                list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                start_new_session=True,
+            )  # fmt: skip
         self.versions = json.loads(self._answer().removeprefix("ready "))
+        self._signal(signal.SIGSTOP)
 
     def ask(self, command: str) -> str:
+        """The answer to a command. Until the next one all of the peer's processes stand still: some poll."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(command, file=self.process.stdin, flush=True)
-        return self._answer()
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
@@ -116,6 +127,7 @@ class Peer:
             raise AssertionError(f"{self.name}: {answer}")
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         self.process.communicate("quit\n")
 
 
@@ -131,7 +143,7 @@ def loaders(args: argparse.Namespace) -> Iterator[tuple[dict[str, Callable[[], f
 
     def add(measure: Callable[[], float], loader: str, **facts: Any) -> None:
         facts = {"loader": loader, "io": None, "output": "views", "threads": None, "workers": None, **facts}
-        name = " ".join(str(value) for value in facts.values())
+        name = " ".join(str(facts[key]) for key in ("loader", "io", "output", "threads", "workers"))
         measures[name] = measure
         rows.append({"name": name, **facts})
 
@@ -172,8 +184,8 @@ def loaders(args: argparse.Namespace) -> Iterator[tuple[dict[str, Callable[[], f
         yield measures, rows
 
 
-def mixloader(path: Path, shape: tuple[int, int], io: str, output: str, threads: int) -> MixLoader:
-    how = ARGUMENTS[output] | ({} if io == "pread" else {"io": io}) | ({"prefetch_factor": 4} if threads else {})
+def mixloader(path: Path, shape: tuple[int, int], io: str, output: str, threads: int | None) -> MixLoader:
+    how = ARGUMENTS[output] | ({} if io == "pread" else {"io": io}) | ({"prefetch_factor": 4} if threads != 0 else {})
     return MixLoader({DOMAIN: path}, *shape, vocab_size=MODULUS, num_workers=threads, **how)
 
 
