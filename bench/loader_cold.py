@@ -1,12 +1,14 @@
 """Random windows from a disk, with an empty page cache: threads of mixloader against maps of the file.
 
 The file is written back (fsync), dropped (POSIX_FADV_DONTNEED), and shown to be gone (mincore) before every
-single measure. A virtual machine's host may still hold some of it: read the ratios.
+single measure, and each measure has windows of its own: a virtual machine's host may still hold what was
+read before, which would favour whoever reads it again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import mmap
 import os
 import time
@@ -54,7 +56,7 @@ def numpy_loop(path: Path, starts: np.ndarray, shape: tuple[int, int], random: b
     array = np.asarray(tokens)
     buffer = np.empty((shape[0], shape[1] + 1), dtype=np.int64)
     rows = torch.from_numpy(buffer)
-    for begin in range(0, len(starts) - shape[0], shape[0]):
+    for begin in range(0, len(starts) - shape[0] + 1, shape[0]):
         for row, start in enumerate(starts[begin : begin + shape[0]].tolist()):
             buffer[row] = array[start : start + shape[1] + 1]
         yield rows[:, :-1], rows[:, 1:]
@@ -80,22 +82,26 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if kind in MEMORY_FILE_SYSTEMS:
         raise SystemExit(f"{args.folder} is on {kind}, which is memory; give a folder on a disk with --folder")
     write_tokens(path, args.cold_tokens)
-    starts = planned_starts(args.cold_tokens, args.seq_len)
+    windows = (args.cold_tokens - 1) // args.seq_len
+    seeds = itertools.count(1)
     most_threads: dict[str, int] = {}
 
+    def starts() -> np.ndarray:
+        return np.random.default_rng(next(seeds)).permutation(windows) * args.seq_len
+
     def bare() -> float:
-        with BareLoop(path, starts, shape, "mmap", "two", populate=False, advice=MADV_RANDOM) as loop:
+        with BareLoop(path, starts(), shape, "mmap", "two", populate=False, advice=MADV_RANDOM) as loop:
             drop(path)
             return loop.tokens_per_second(args.cold_seconds, chunk=1)
 
     def numpy(random: bool) -> float:
-        batches = numpy_loop(path, starts, shape, random)
+        batches = numpy_loop(path, starts(), shape, random)
         drop(path)
         return rate(batches, args.cold_seconds)
 
     def ours(name: str, threads: int | None) -> float:
         before = threads_alive()
-        with mixloader(path, shape, "pread", "two", threads) as loader:
+        with mixloader(path, shape, "pread", "two", threads, seed=next(seeds)) as loader:
             drop(path)
             value = rate(pairs(loader), args.cold_seconds)
             most_threads[name] = max(most_threads.get(name, 0), threads_alive() - before)
@@ -109,7 +115,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for threads in THREADS:
         name = f"mixloader, {'adaptive' if threads is None else threads} threads"
         measures[name] = lambda name=name, threads=threads: ours(name, threads)
-    check(path, starts, shape)
+    check(path, planned_starts(args.cold_tokens, args.seq_len, draws=20 * shape[0] + 1), shape)
     results = in_turn(measures, args.rounds)
     rows = [
         {

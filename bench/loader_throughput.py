@@ -64,11 +64,11 @@ def numpy_loop(path: Path, batch_size: int, seq_len: int) -> Batches:
         yield rows[:, :-1], rows[:, 1:]
 
 
-def planned_starts(tokens: int, seq_len: int) -> np.ndarray:
-    """int64 [windows]: where the windows of MixLoader's first epoch begin, in the order in which it draws them."""
+def planned_starts(tokens: int, seq_len: int, draws: int) -> np.ndarray:
+    """int64 [draws]: where the windows that MixLoader draws first, with seed 0, begin; at most an epoch."""
     windows = (tokens - 1) // seq_len
     key = domain_key(DOMAIN)
-    return np.array([_core.permute(0, key, 0, windows, draw) for draw in range(windows)]) * seq_len
+    return np.array([_core.permute(0, key, 0, windows, draw) for draw in range(min(draws, windows))]) * seq_len
 
 
 def pairs(loader: MixLoader) -> Batches:
@@ -137,7 +137,7 @@ def loaders(args: argparse.Namespace) -> Iterator[tuple[dict[str, Callable[[], f
     path, shape = args.folder / "tokens.bin", (args.batch_size, args.seq_len)
     write_tokens(path, args.tokens)
     path.read_bytes()  # into the page cache
-    starts = planned_starts(args.tokens, args.seq_len)
+    starts = planned_starts(args.tokens, args.seq_len, draws=args.tokens)
     measures: dict[str, Callable[[], float]] = {}
     rows: list[dict[str, Any]] = []
 
@@ -184,9 +184,11 @@ def loaders(args: argparse.Namespace) -> Iterator[tuple[dict[str, Callable[[], f
         yield measures, rows
 
 
-def mixloader(path: Path, shape: tuple[int, int], io: str, output: str, threads: int | None) -> MixLoader:
+def mixloader(
+    path: Path, shape: tuple[int, int], io: str, output: str, threads: int | None, seed: int = 0
+) -> MixLoader:
     how = ARGUMENTS[output] | ({} if io == "pread" else {"io": io}) | ({"prefetch_factor": 4} if threads != 0 else {})
-    return MixLoader({DOMAIN: path}, *shape, vocab_size=MODULUS, num_workers=threads, **how)
+    return MixLoader({DOMAIN: path}, *shape, seed=seed, vocab_size=MODULUS, num_workers=threads, **how)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
