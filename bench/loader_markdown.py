@@ -1,4 +1,7 @@
-"""The tables of RESULTS.md from what bench.loader wrote: `python -m bench.loader_markdown bench/results/loader.json`."""
+"""The tables of RESULTS.md, from what bench.loader wrote.
+
+python -m bench.loader_markdown bench/results/loader.json
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+TIMES, TO = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -23,7 +27,7 @@ def measured(spread: dict[str, float] | None, digits: int) -> str:
     if spread is None:
         return ""
     median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "min", "max"))
-    return f"{median} ({low}–{high})"
+    return f"{median} ({low}{TO}{high})"
 
 
 def throughput(rows: list[Row]) -> None:
@@ -32,7 +36,7 @@ def throughput(rows: list[Row]) -> None:
         return ", ".join([row["loader"], *([row["io"]] if row["io"] else []), *helpers])
 
     table(
-        ("loader", "output", "million tokens/s", "× bare C++", "× best numpy", "× nanoGPT"),
+        ("loader", "output", "million tokens/s", f"{TIMES} bare C++", f"{TIMES} best numpy", f"{TIMES} nanoGPT"),
         [
             (
                 name(row), row["output"], measured(row["mtok_per_s"], 0), measured(row.get("times_bare"), 2),
@@ -45,7 +49,7 @@ def throughput(rows: list[Row]) -> None:
 
 def cold(rows: list[Row]) -> None:
     table(
-        ("loader", "threads", "million tokens/s", "× bare mmap with MADV_RANDOM"),
+        ("loader", "threads", "million tokens/s", f"{TIMES} bare mmap with MADV_RANDOM"),
         [
             (row["loader"], row["threads"], measured(row["mtok_per_s"], 1), measured(row["times_mmap_random"], 2))
             for row in rows
