@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
+PEERS ?= .venv-peers
 
-.PHONY: demo test lint format bench asan tsan clean
+.PHONY: demo test lint format bench peers asan tsan clean
 
 demo: $(READY)
 	$(RUN) -m mixloader demo $(ARGS)
@@ -20,6 +21,16 @@ format: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench.loader $(ARGS)
+
+# The other loaders that bench.loader measures; mosaicml-streaming wants an older numpy than .venv has.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: bench/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q torch==2.13.0
+	$(PEERS)/bin/python -m pip install -q -r bench/peers.txt
+	$(PEERS)/bin/python -m pip install -q --no-deps megatron-core==0.16.1
+	touch $@
 
 # The stream tests under a sanitizer, with the extension rebuilt in place; `make clean` afterwards.
 asan: $(READY)
