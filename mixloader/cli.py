@@ -1,4 +1,4 @@
-"""The command line: `python -m mixloader train | demo | pack | replay | report | fit-agent`.
+"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | report | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -10,16 +10,22 @@ import argparse
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mixloader.errors import ConfigError, MixLoaderError
+
+if TYPE_CHECKING:
+    from mixloader.manifest import Manifest
 
 USAGE = """usage: python -m mixloader VERB ...
 
   train CONFIG [--key value ...]     train a model as a YAML file says, or go on with a run that was killed
   demo [...]                         see the agent mix a corpus made from this machine's own files
   pack OUT NAME=PATH ... [...]       tokenize folders of text into shards and a manifest
+  index OUT NAME=PATH ... [...]      write a manifest over shards that stay where they are
+  verify MANIFEST                    compare the shards of a manifest with what it says of them
   replay RECORD DATA [--steps N]     draw a recorded run's token stream again and print its checksum
   report RUN ...                     a table and a picture of finished runs
   fit-agent [...]                    train the agent's weights anew
@@ -28,7 +34,7 @@ USAGE = """usage: python -m mixloader VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns its exit code: 0, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    """Run one verb. Returns its exit code: 0, 1 if verify found damage, 2 for a mistake in what was asked, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help"):
@@ -93,26 +99,75 @@ def pack_verb(argv: Sequence[str]) -> int:
     from mixloader.documents import Documents, load_tokenizer, train_tokenizer
     from mixloader.pack import pack
 
-    documents = {}
-    for pair in args.domains:
-        name, equals, path = pair.partition("=")
-        if not name or not equals or name in documents:
-            raise ConfigError(f"{pair!r} is no new name=path; give every domain once, as name=path")
-        documents[name] = Documents(path)
-    for name in args.target:
-        if name not in documents:
-            raise ConfigError(f"--target {name} is no domain; the domains are {', '.join(documents)}")
+    documents = {name: Documents(path) for name, path in _named_paths(args.domains).items()}
+    fields = _fields(documents, args.target)
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = train_tokenizer((text for texts in documents.values() for text in texts), args.vocab_size)
-    fields = {name: "target" if name in args.target else "source" for name in documents} if args.target else {}
     manifest = pack(documents, args.out, tokenizer, fields=fields, validation_fraction=args.validation_fraction)
-    for domain in manifest.domains:
-        held_out = sum(shard.tokens for shard in domain.validation)
-        print(f"{domain.name:<24}{domain.tokens:>14,} tokens{held_out:>12,} held out   {domain.field or ''}")
+    _print_domains(manifest)
     print(f"manifest {args.out / 'manifest.json'}")
     return 0
+
+
+def index_verb(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "index",
+        "Write a manifest over shards of tokens that stay where they are: nanoGPT, llm.c, Megatron, datatrove, "
+        "NumPy and OLMo, MDS, litData; plain, or compressed with Zstandard or gzip; on disk or at URLs.",
+    )
+    parser.add_argument("out", type=Path, help="the manifest: a .json file, or a folder for its manifest.json")
+    parser.add_argument("domains", nargs="+", metavar="name=path", help="a domain and its shards: file, folder or URL")
+    parser.add_argument("--target", action="append", default=[], metavar="name", help="a domain to learn; the rest is source")
+    parser.add_argument("--format", help="of the shards; by default it is told by name and content")
+    parser.add_argument("--dtype", help="of tokens in files that do not say it; default uint16")
+    parser.add_argument("--column", help="of MDS samples: the one with the tokens, if several might be")
+    parser.add_argument("--checksums", action="store_true", help="SHA-256 of every file, for verify")
+    parser.add_argument("--blocks", action="store_true", help="checksums of blocks, for every read")
+    parser.add_argument("--validation_tokens", type=int, default=0, metavar="N", help="tokens to hold out of each domain")
+    parser.add_argument("--eot", type=int, help="id of the end-of-text token; counts documents")
+    parser.add_argument("--vocab_size", type=int, help="ids are below it; every token is checked")
+    args = parser.parse_args(argv)
+    from mixloader.index import write_index
+
+    if args.validation_tokens < 0:
+        raise ConfigError(f"--validation_tokens is {args.validation_tokens}; expected 0 or more")
+    paths = _named_paths(args.domains)
+    fields = _fields(paths, args.target)
+    how = {key: value for key in ("format", "dtype", "column") if (value := getattr(args, key)) is not None}
+    manifest = write_index(
+        args.out,
+        {name: {"path": path, "field": fields.get(name), **how} for name, path in paths.items()},
+        checksums=args.checksums,
+        blocks=args.blocks,
+        validation_tokens=args.validation_tokens,
+        eot=args.eot,
+        vocab_size=args.vocab_size,
+        progress=None,
+    )
+    _print_domains(manifest)
+    path = args.out if args.out.suffix == ".json" else args.out / "manifest.json"
+    print(f"manifest {path}")
+    if outside := manifest.roots_outside(path):
+        print(f"shards lie outside its folder: open it with Manifest.open({str(path)!r}, roots={outside!r})")
+    return 0
+
+
+def verify_verb(argv: Sequence[str]) -> int:
+    parser = _parser("verify", "Compare sizes, digests and block checksums of a manifest's shards with their files.")
+    parser.add_argument("manifest", type=Path, help="a manifest.json, or its folder")
+    parser.add_argument("--root", action="append", default=[], metavar="PATH", help="a folder or URL that shards may lie in")
+    args = parser.parse_args(argv)
+    from mixloader.index import verify
+
+    damaged, orphans = verify(args.manifest, roots=args.root, progress=None)
+    for message in damaged:
+        print(f"bad: {message}")
+    for path in orphans:
+        print(f"not in the manifest: {path}")
+    print(f"{len(damaged)} bad, {len(orphans)} not in the manifest")
+    return 1 if damaged else 0
 
 
 def replay_verb(argv: Sequence[str]) -> int:
@@ -156,6 +211,33 @@ def fit_agent_verb(argv: Sequence[str]) -> int:
     return fit(list(argv))
 
 
+def _named_paths(pairs: Sequence[str]) -> dict[str, str]:
+    """{name: path} of arguments name=path."""
+    paths: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not name or not equals or name in paths:
+            raise ConfigError(f"{pair!r} is no new name=path; give every domain once, as name=path")
+        paths[name] = path
+    return paths
+
+
+def _fields(domains: Iterable[str], targets: Sequence[str]) -> dict[str, str | None]:
+    """The field of each domain; none without targets."""
+    for name in targets:
+        if name not in domains:
+            raise ConfigError(f"--target {name} is no domain; the domains are {', '.join(domains)}")
+    return {name: "target" if name in targets else "source" for name in domains} if targets else {}
+
+
+def _print_domains(manifest: Manifest) -> None:
+    for domain in manifest.domains:
+        held_out = sum(shard.tokens for shard in domain.validation)
+        counts = [shard.document_count for shard in domain.shards]
+        documents = "" if None in counts else f"{sum(c or 0 for c in counts):>12,} documents"
+        print(f"{domain.name:<24}{domain.tokens:>14,} tokens{documents}{held_out:>12,} held out   {domain.field or ''}")
+
+
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"python -m mixloader {verb}", description=description, allow_abbrev=False)
 
@@ -164,6 +246,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_verb,
     "demo": demo_verb,
     "pack": pack_verb,
+    "index": index_verb,
+    "verify": verify_verb,
     "replay": replay_verb,
     "report": report_verb,
     "fit-agent": fit_agent_verb,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import numpy as np
 from mixloader.domains import Domain, checked_domain, domain_from_value, domains_in_folder
 from mixloader.errors import ManifestError
 from mixloader.formats import Shard
+from mixloader.formats.source import is_url
 from mixloader.manifest_file import read_manifest, write_manifest
 from mixloader.mixture import Weights, as_weights
 from mixloader.observation import DomainTable
@@ -108,6 +110,12 @@ class Manifest:
             for part, numbers in parts.items()
         )
         return replace(self, domains=(*self.domains, *made))
+
+    def roots_outside(self, path: str | Path) -> list[str]:
+        """The folders, or URLs of folders, that a manifest at `path` needs in roots= to open these shards."""
+        home = os.path.realpath(Path(path).absolute().parent)
+        parents = {shard.path.rpartition("/")[0] for d in self.domains for shard in (*d.shards, *d.validation)}
+        return sorted(p for p in parents if is_url(p) or not Path(os.path.realpath(p)).is_relative_to(home))
 
     @classmethod
     def open(cls, data: Manifest | str | Path | Mapping[str, Any], *, roots: Iterable[str | Path] = ()) -> Manifest:

@@ -6,6 +6,7 @@ version 1 (mixloader 0.1) an entry names a format, and the shard's own header is
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from mixloader.formats.tables import read_table
 VERSION = 2
 _PLAIN = ("path", "format", "dtype", "offset", "tokens", "bytes", "digest")  # what an entry says of every shard
 _PLAIN_TYPES = ((str, str, str, int, int, int, str), (str, str, str, int, int, int, type(None)))
-_TABLES = ".tables-"  # in the name of the file with what no other file holds
+TABLES = ".tables-"  # in the name of the file with what no other file holds
 
 
 def write_manifest(
@@ -75,7 +76,7 @@ class _Tables:
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(self.parts).astype("<u8"))
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        name = f"{manifest.stem}{_TABLES}{digest[:16]}.npy"
+        name = f"{manifest.stem}{TABLES}{digest[:16]}.npy"
         replace(manifest.with_name(name), buffer.getvalue())
         return {"path": name, "count": self.count, "sha256": digest}
 
@@ -103,7 +104,7 @@ def _entry(shard: Shard, folder: Path, tables: _Tables) -> dict[str, Any]:
         entry["extents"] = {"tokens": shard.extents.tokens, "stride": shard.extents.stride}
     if shard.documents is not None:
         documents = shard.documents
-        if _TABLES in documents.path or Path(documents.path).is_relative_to(cache_folder()):
+        if TABLES in documents.path or Path(documents.path).is_relative_to(cache_folder()):
             content = Source(documents.path, None).read(documents.offset, documents.count * documents.width)
             entry["documents"] = {"first": tables.add(read_table(documents, content)), "count": documents.count}
         else:
@@ -228,17 +229,21 @@ class Reader:
 
     def by_format(self, entry: Any, where: Any, path: str, format: str, dtype: str) -> Shard:
         """A shard whose entry does not say where its tokens begin."""
-        found = open_shard(path, format=format, dtype=dtype)
-        for key, actual in (("tokens", found.tokens), ("bytes", found.bytes)):
-            expected = self.take(entry, key, int, where)
+        tokens, size = (self.take(entry, key, int, where) for key in ("tokens", "bytes"))
+        digest = self.take(entry, "sha256", str, where, optional=True)
+        digest = None if digest is None else f"sha256:{digest}"
+        try:
+            found = open_shard(path, format=format, dtype=dtype)
+        except ShardError as error:
+            self.report(str(error))
+            return Shard(path, format, dtype, 0, tokens, size, digest)
+        for key, actual, expected in (("tokens", found.tokens, tokens), ("bytes", found.bytes, size)):
             if actual != expected:
                 self.report(
                     f"shard {path} has {actual} {key}, but manifest {self.path} says {expected}; "
                     "the shard was truncated or replaced: restore it, or write the manifest again"
                 )
-        digest = self.take(entry, "sha256", str, where, optional=True)
-        digest = None if digest is None else f"sha256:{digest}"
-        return Shard(path, found.format, found.dtype, found.offset, found.tokens, found.bytes, digest)
+        return dataclasses.replace(found, digest=digest)
 
     def extents(self, entry: dict[str, Any] | None, where: Any) -> Extents | None:
         if entry is None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,17 @@ def read_tokens(shard: Shard, start: int = 0, count: int | None = None) -> np.nd
     count = shard.tokens - start if count is None else count
     if start < 0 or count < 0 or start + count > shard.tokens:
         raise ValueError(f"tokens [{start}, {start + count}) are not within the {shard.tokens} of shard {shard.path}")
+    return _read(Source(shard.path, shard.compression), shard, start, count)
+
+
+def token_blocks(shard: Shard, count: int = 1 << 22) -> Iterator[np.ndarray]:
+    """All tokens of a shard in blocks of `count` and a rest; a compressed one is decompressed once."""
     source = Source(shard.path, shard.compression)
+    for start in range(0, shard.tokens, count):
+        yield _read(source, shard, start, min(count, shard.tokens - start))
+
+
+def _read(source: Source, shard: Shard, start: int, count: int) -> np.ndarray:
     dtype = np.dtype(shard.dtype).newbyteorder("<")
     parts = [source.read(offset, tokens * shard.width) for offset, tokens in _runs(shard, start, count)]
     content = parts[0] if len(parts) == 1 else b"".join(parts)
