@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "order.h"
+#include "shard.h"
 
 namespace mixloader {
 
@@ -18,6 +19,9 @@ void bind_files(py::module_& m);
 void bind_packing(py::module_& m);
 // The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
+
+// From a dict of Shard's fields; those it does not have keep their defaults.
+Shard to_shard(const py::dict& dict);
 
 inline Shuffle to_shuffle(bool shuffle, std::uint64_t shuffle_shards) {
   return {!shuffle         ? Shuffle::Kind::kNone

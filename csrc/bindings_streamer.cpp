@@ -67,6 +67,8 @@ std::span<const std::uint64_t> view(const py::dict& dict, const char* key) {
   return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
+}  // namespace
+
 Shard to_shard(const py::dict& dict) {
   Shard shard;
   take(dict, "name", shard.name);
@@ -94,6 +96,8 @@ Shard to_shard(const py::dict& dict) {
   }
   return shard;
 }
+
+namespace {
 
 std::unique_ptr<const Corpus> make_corpus(
     const std::vector<DomainTuple>& domains, CorpusOptions options) {

@@ -16,7 +16,8 @@ from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
 from mixloader.policies import Policy
-from mixloader.record import read_record, replay
+from mixloader.record import read_record
+from mixloader.replay import replay
 from mixloader.stats import DomainStats
 
 __version__ = _version("mixloader")

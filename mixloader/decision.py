@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mixloader.mixture import as_weights, quantize
+from mixloader.mixture import as_weights, quantize, without
 from mixloader.observation import DomainTable
 from mixloader.policies import Policy
 from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json
@@ -46,6 +46,16 @@ class Decision:
             "loss_tokens": self.loss_tokens.tolist(),
             "units": None if self.units is None else self.units.tolist(),
         }
+
+    def grown(self, more: int) -> Decision:
+        """The same for a table with `more` domains at its end, of which nothing is known; its units are void."""
+        return replace(
+            self,
+            counts=np.append(self.counts, np.zeros(more, dtype=np.int64)),
+            loss=np.append(self.loss, np.full(more, math.nan)),
+            loss_tokens=np.append(self.loss_tokens, np.zeros(more, dtype=np.int64)),
+            units=None,
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Decision:
@@ -83,12 +93,18 @@ class Decider:
 
     def __init__(self, policy: Policy, domains: DomainTable, builder: ObservationBuilder):
         self.policy, self.domains, self.builder = policy, domains, builder
+        self.removed: tuple[str, ...] = ()
         # The executor's thread is no daemon; the interpreter joins it at exit if close() was not called.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mixloader-policy")
 
     def submit(self, task: Task) -> Future[Decision]:
         """Hand in a task. The future raises what went wrong with the statistics; a failed policy is no error."""
         return self._thread.submit(self.decide, task)
+
+    def change_domains(self, domains: DomainTable, removed: tuple[str, ...], windows: np.ndarray) -> None:
+        """Go on with more domains, or fewer that may have a weight; the policy was reset with them. As state_dict."""
+        self.domains, self.removed = domains, removed
+        self.builder.grow(windows)
 
     def state_dict(self) -> dict[str, Any]:
         """Only while no task is under way, as load_state_dict. JSON-able and exact."""
@@ -113,7 +129,9 @@ class Decider:
         loss, loss_tokens = np.where(new, observation.loss.value, math.nan), np.where(new, observation.loss.count, 0)
         try:
             answer = self.policy.decide(observation)
-            units = None if answer is None else quantize(as_weights(answer, self.domains.names))
+            if answer is not None:
+                names = self.domains.names
+                units = quantize(without(self.removed, as_weights(answer, names), names))
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"[:300]
         return Decision(

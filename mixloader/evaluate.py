@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
+from mixloader.batch import IGNORED
 from mixloader.errors import TokenError
-from mixloader.formats import read_tokens
-from mixloader.manifest import Domain, Manifest
-
-IGNORED = -100
+from mixloader.heldout import HeldOut
+from mixloader.manifest import Manifest
 
 
 def held_out_loss(
@@ -37,40 +35,31 @@ def held_out_loss(
     model.eval()
     losses = {}
     try:
-        for domain in manifest.domains:
-            windows = validation_windows(domain, seq_len, windows_per_domain)
-            if len(windows):
-                if vocab_size is not None and windows.max() >= vocab_size:
-                    raise TokenError(
-                        f"the validation shards of domain {domain.name!r} hold token {windows.max()}; expected ids "
-                        f"below vocab_size = {vocab_size}; pack the domain again with the right tokenizer"
-                    )
-                losses[domain.name] = _mean_loss(model, torch.from_numpy(windows), batch_size, device)
+        for name in HeldOut(manifest, batch_size, seq_len, windows_per_domain=windows_per_domain).names:
+            batches = HeldOut(manifest, batch_size, seq_len, windows_per_domain=windows_per_domain, domains=[name])
+            losses[name] = _mean_loss(model, batches, vocab_size, device)
     finally:
         model.train(was_training)
     return losses
 
 
-def validation_windows(domain: Domain, seq_len: int, count: int) -> np.ndarray:
-    """Up to `count` windows of a domain's validation shards, int64 [n, seq_len + 1], IGNORED after their end."""
-    places = [(shard, start) for shard in domain.validation for start in range(0, max(shard.tokens - 1, 0), seq_len)]
-    chosen = [places[i * len(places) // count] for i in range(count)] if len(places) > count else places
-    windows = np.full((len(chosen), seq_len + 1), IGNORED, dtype=np.int64)
-    for row, (shard, start) in zip(windows, chosen, strict=True):
-        length = min(seq_len + 1, shard.tokens - start)
-        row[:length] = read_tokens(shard, start, length)
-    return windows
-
-
 @torch.no_grad()
-def _mean_loss(model: nn.Module, windows: torch.Tensor, batch_size: int, device: torch.device | str) -> float:
+def _mean_loss(model: nn.Module, batches: HeldOut, vocab_size: int | None, device: torch.device | str) -> float:
     total = torch.zeros((), dtype=torch.float64, device=device)
-    count = int((windows[:, 1:] != IGNORED).sum())
-    for batch in windows.split(batch_size):
-        batch = batch.to(device, non_blocking=True)
+    count = 0
+    for batch in batches:
+        inputs, targets = batch["input_ids"], batch["targets"]
+        largest = int(torch.maximum(inputs.max(), targets.max()))
+        if vocab_size is not None and largest >= vocab_size:
+            raise TokenError(
+                f"the validation shards of domain {batches.names[0]!r} hold token {largest}; expected ids "
+                f"below vocab_size = {vocab_size}; pack the domain again with the right tokenizer"
+            )
+        count += int((targets != IGNORED).sum())
         # The model is causal, so what stands after the end of a window does not change what stands before.
-        logits = model(batch[:, :-1].clamp(min=0))
+        logits = model(inputs.to(device, non_blocking=True))
+        targets = targets.to(device, non_blocking=True).flatten()
         total += nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum"
         )
     return float(total) / count

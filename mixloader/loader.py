@@ -9,53 +9,64 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mixloader import _core
-from mixloader.errors import ManifestError, StateError
+from mixloader.accounting import DomainAccount, accounts
+from mixloader.batch import BatchFormat, Buffers
+from mixloader.dataloader import DataLoaderSurface, check_torch_arguments, seed_of
+from mixloader.engine import Engine, epoch_windows
+from mixloader.errors import WeightsError
+from mixloader.heldout import HeldOut
+from mixloader.layout import Layout, check_counts
 from mixloader.manifest import Manifest
 from mixloader.mixture import WEIGHT_ONE, Weights, as_fractions, as_weights, quantize
-from mixloader.reference import domain_key
+from mixloader.probe import probe
+from mixloader.rules import StreamRules
+from mixloader.schedule import Schedule
+from mixloader.state import STATE_VERSION, append_domains, change_seq_len, check_state
 
-STATE_VERSION = 1
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-# torch's DataLoader has these; a loader that took them silently would not do what they say.
-_REFUSED = {
-    "shuffle": "windows are always permuted within each domain, anew in every epoch",
-    "sampler": "the plan decides which window comes next; change the mixture with set_weights()",
-    "batch_sampler": "the plan decides which window comes next; change the mixture with set_weights()",
-    "collate_fn": "batches are filled in place; transform them after they are drawn",
-    "drop_last": "every batch is full: a domain that runs out begins its next epoch",
-    "worker_init_fn": "workers are threads of the C++ core, not processes",
-    "multiprocessing_context": "workers are threads of the C++ core, not processes",
-    "persistent_workers": "workers are threads of the C++ core, which live as long as the loader",
-    "generator": "give an integer seed= instead",
-}
+_MOST_AHEAD = 32  # batches that a prefetch grows to by itself
 
 
-class MixLoader:
+class MixLoader(DataLoaderSurface):
     """Draws micro-batches of token windows from several domains.
 
     data: a Manifest, or what Manifest.open takes: a manifest's path, a folder, {name: path}.
     batch_size: rows of a micro-batch on this rank. seq_len: tokens of a row.
-    weights: one number a domain, in order or by name; by default each domain's share of tokens.
+    weights: one number a domain, in order or by name; by default each domain's share of tokens. Or a
+        Schedule, or a function from the plan step to weights.
     grad_accumulation_steps: micro-batches of an optimizer step on each rank; or give global_batch,
         the rows of an optimizer step over all ranks, and it follows.
-    world_size, rank: by default those of torch.distributed where it is initialized, else 1 and 0.
-    seed: the stream is a pure function of it, the data, the weights of each step, the global batch
-        and seq_len.
-    num_workers: reader threads; 0 reads in the caller. prefetch_factor: batches ahead, each worker.
-    pin_memory: batches in page-locked memory, where CUDA is available.
+    world_size, rank: by default those of torch.distributed where it is initialized, else 1 and 0; or mesh, a
+        DeviceMesh whose data-parallel dimensions (mesh_dims) count, so that tensor- and context-parallel
+        ranks read the same.
+    seed (or generator, whose initial seed is taken): the stream is a pure function of it, the data, the
+        weights of each step, the global batch, seq_len and the rules.
     max_steps: optimizer steps after which iteration ends; by default never.
-    vocab_size: token ids at or above it are an error; by default the manifest's.
+    vocab_size, eot: ids at or above the first are an error, the second ends a text; by default the manifest's.
+    sampling, shuffle, shuffle_shards, exhausted, max_epochs, documents, mask_boundaries, packing: the rules;
+        see StreamRules.
 
-    Each item: {"input_ids": int64 [B, T], "targets": int64 [B, T] (the next tokens, already
-    shifted), "domain_ids": int64 [B], "step": int, "micro_step": int, "weights_version": int}.
+    num_workers: reader threads; 0 reads in the caller, None adds some where storage is slow. prefetch_factor:
+        batches ahead, each worker; None begins with 4 and grows where batches come late. timeout: seconds to
+        wait for a batch, 0 for ever.
+    io: "pread", or "mmap" for files that stay in the page cache. cache_dir, cache_bytes: where remote and
+        compressed shards and packing tables are kept, and how much of the first.
+    dtype: of input_ids: torch.int64, int32 or uint16 (to be widened on the GPU). target_dtype: by default
+        int64, or uint16 with uint16. contiguous: False makes inputs and targets views of one tensor, which
+        is written in two thirds of the time. pin_memory: page-locked, where CUDA is available.
+
+    Each item: {"input_ids": [B, T], "targets": [B, T] (the next tokens, already shifted), "domain_ids":
+    int64 [B], "step": int, "micro_step": int, "weights_version": int}, and with documents: position_ids
+    int64 [B, T], document_ids int32 [B, T], cu_seqlens int32 [documents + 1], max_seqlen int.
     Raises ShardError or TokenError at the batch that a damaged shard belongs to.
     """
 
@@ -65,68 +76,86 @@ class MixLoader:
         batch_size: int,
         seq_len: int,
         *,
-        weights: Weights | None = None,
+        weights: Any = None,
         grad_accumulation_steps: int | None = None,
         global_batch: int | None = None,
         world_size: int | None = None,
         rank: int | None = None,
-        seed: int = 0,
-        num_workers: int = 1,
-        prefetch_factor: int = 4,
-        pin_memory: bool = False,
+        mesh: DeviceMesh | None = None,
+        mesh_dims: Sequence[str] | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
         max_steps: int | None = None,
         vocab_size: int | None = None,
-        **unsupported: Any,
+        eot: int | None = None,
+        sampling: str = "quota",
+        shuffle: bool = True,
+        shuffle_shards: int | None = None,
+        exhausted: str | None = None,
+        max_epochs: float | Mapping[str, float] | None = None,
+        documents: str | None = None,
+        mask_boundaries: bool = False,
+        packing: str | None = None,
+        num_workers: int | None = None,
+        prefetch_factor: int | None = None,
+        timeout: float = 0,
+        io: str = "pread",
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        dtype: torch.dtype = torch.int64,
+        target_dtype: torch.dtype | None = None,
+        contiguous: bool = True,
+        pin_memory: bool = False,
+        **torch_arguments: Any,
     ):
-        for name in unsupported:
-            reason = _REFUSED.get(name, "it is no argument of MixLoader")
-            raise TypeError(f"MixLoader cannot honour {name}=: {reason}")
-        world_size, rank = _ranks(world_size, rank)
-        _check_counts(
-            batch_size=(batch_size, 1), seq_len=(seq_len, 1), world_size=(world_size, 1), rank=(rank, 0),
-            num_workers=(num_workers, 0), prefetch_factor=(prefetch_factor, 1), seed=(seed, 0),
-            max_steps=(0 if max_steps is None else max_steps, 0),
+        check_torch_arguments(torch_arguments, num_workers, prefetch_factor)
+        layout = Layout.resolve(batch_size, grad_accumulation_steps, global_batch, world_size, rank, mesh, mesh_dims)
+        seed = seed_of(seed, generator)
+        check_counts(
+            seq_len=(seq_len, 1), num_workers=(num_workers or 0, 0), seed=(seed, 0), max_steps=(max_steps or 0, 0),
+            prefetch_factor=(4 if prefetch_factor is None else prefetch_factor, 1),
         )  # fmt: skip
-        if rank >= world_size:
-            raise ValueError(f"rank is {rank}, but world_size is {world_size}; ranks count from 0")
+        if not isinstance(timeout, (int, float)) or not timeout >= 0:
+            raise ValueError(f"timeout is {timeout!r}; expected seconds of at least 0")
         self.manifest = Manifest.open(data)
-        self.names = self.manifest.names
-        self.batch_size, self.seq_len = int(batch_size), int(seq_len)
-        self.world_size, self.rank, self.seed = int(world_size), int(rank), int(seed)
-        self.grad_accumulation_steps = _accumulation(
-            grad_accumulation_steps, global_batch, self.world_size, self.batch_size
-        )
-        self.global_batch = self.world_size * self.batch_size * self.grad_accumulation_steps
+        self.layout, self.seq_len, self.seed = layout, int(seq_len), int(seed)
+        self.batch_size, self.grad_accumulation_steps = layout.batch_size, layout.micro_batches
+        self.world_size, self.rank, self.global_batch = layout.world_size, layout.rank, layout.global_batch
         self.max_steps = None if max_steps is None else int(max_steps)
-        self.vocab_size = self.manifest.vocab_size if vocab_size is None else vocab_size
-        self.windows = self._windows(seq_len)
-        units = self._units(self.manifest.table().prior if weights is None else weights)
-        self.table = self.manifest.table(as_fractions(units))
-
-        self._pin_memory = pin_memory and torch.cuda.is_available()
-        self._depth = max(1, num_workers * prefetch_factor)
-        self._buffers: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
-        self._core = _core.Streamer(
-            domains=[
-                (
-                    domain_key(d.name),
-                    [{**shard.for_core(), "windows": (shard.tokens - 1) // seq_len} for shard in d.shards],
-                )
-                for d in self.manifest.domains
-            ],
-            seq_len=seq_len,
-            vocab_size=self.vocab_size or 0,
-            seed=seed,
-            batch_size=batch_size,
-            micro_batches=self.grad_accumulation_steps,
-            world_size=world_size,
-            rank=rank,
-            units=units,
-            threads=num_workers,
+        if exhausted is None:
+            exhausted = "repeat" if max_epochs is None else "redistribute"
+        if shuffle_shards is None:
+            shuffle_shards = 8 if shuffle and not self.manifest.local else 0
+        self.rules = StreamRules(
+            sampling, shuffle, shuffle_shards, exhausted, max_epochs, documents, mask_boundaries, packing
         )
+        if target_dtype is None:
+            target_dtype = torch.uint16 if dtype == torch.uint16 else torch.int64
+        self.format = BatchFormat(
+            self.batch_size, self.seq_len, dtype, target_dtype, contiguous, documents is not None,
+            mask_boundaries or packing is not None, bool(pin_memory) and torch.cuda.is_available(),
+        )  # fmt: skip
+        self.vocab_size = self.manifest.vocab_size if vocab_size is None else vocab_size
+        self.eot = self.manifest.eot if eot is None else eot
+        self.pin_memory, self.timeout = bool(pin_memory), float(timeout)
+        self.num_workers = 1 if num_workers is None else int(num_workers)
+        threads = None if num_workers is None else int(num_workers)
+        self._reading = {"io": io, "threads": threads, "cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self._depth = max(1, self.num_workers * (4 if prefetch_factor is None else int(prefetch_factor)))
+        self._deepens = prefetch_factor is None and self.num_workers > 0
 
+        self.removed: tuple[str, ...] = ()
+        """Domains that were removed: they keep their number, and weight zero."""
+        self._schedule = Schedule.of(weights)
+        self._scheduled = 1  # the first step whose weights the schedule has not set
+        first = self._schedule.at(0) if self._schedule is not None else weights
+        units = self._units(self.manifest.table().prior if first is None else first)
         self._step, self._micro_step = 0, 0  # of the next batch
-        self._drawing = threading.Lock()  # two threads that draw get whole batches, each its own
+        self._tokens_before = [0] * len(self.names)
+        self._drawing = threading.RLock()  # two threads that draw get whole batches, each its own
+        self._buffers: deque[Buffers] = deque()
+        self._open(units)
+        self.table = self.manifest.table(as_fractions(units))
 
     # The stream
 
@@ -139,28 +168,29 @@ class MixLoader:
                 raise StopIteration
             while len(self._buffers) < self._depth:
                 self._submit()
-            position = self._core.next()
+            position = self._core.next(self.timeout)
             if position is None:
                 raise StopIteration
-            step, micro_step, version, _, _ = position
-            tokens, domain_ids = self._buffers.popleft()
+            step, micro_step, version, self.fill, waited = position
+            buffers = self._buffers.popleft()
+            if waited and self._deepens:
+                self._depth = min(self._depth + 1, _MOST_AHEAD)
             self._submit()
             self._advance(step, micro_step + 1)
-        inputs, targets = tokens.unbind()
-        return {
-            "input_ids": inputs,
-            "targets": targets,
-            "domain_ids": domain_ids,
-            "step": step,
-            "micro_step": micro_step,
-            "weights_version": version,
-        }
+        batch = buffers.batch()
+        batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
+        return batch
 
     def __len__(self) -> int:
         """Micro-batches still to be drawn; only with max_steps."""
         if self.max_steps is None:
             raise TypeError("a MixLoader without max_steps has no length: it never ends")
         return max(0, (self.max_steps - self._step) * self.grad_accumulation_steps - self._micro_step)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the domains, in the order of domain_ids and weights."""
+        return self.manifest.names
 
     @property
     def step(self) -> int:
@@ -171,6 +201,24 @@ class MixLoader:
     def cursors(self) -> np.ndarray:
         """int64 [D]: windows of each domain drawn in all steps before the one under way."""
         return np.array(self._core.state()["cursors"], dtype=np.int64)
+
+    def skip(self, steps: int) -> int:
+        """Leave out the next `steps` plan steps, after a loss spike for instance; nothing of them is read.
+
+        Returns the step that comes next. Raises StateError between the micro-batches of a step.
+        """
+        check_counts(steps=(steps, 0))
+        with self._drawing:
+            before = self._core.state()["cursors"]
+            if self._schedule is not None:
+                self._follow_schedule(self._step + steps)
+            self._step = self._core.skip(steps)
+            after = self._core.state()["cursors"]
+            self._tokens_before = [
+                tokens - (new - old) * self.seq_len
+                for tokens, old, new in zip(self._tokens_before, before, after, strict=True)
+            ]
+        return self._step
 
     # The mixture
 
@@ -186,7 +234,10 @@ class MixLoader:
 
     def units_at(self, step: int) -> np.ndarray:
         """int64 [D]: the integer weights that `step`, not yet over, has as things stand."""
-        return self._core.weights_at(step)
+        with self._drawing:
+            if self._schedule is not None:
+                self._follow_schedule(step)
+            return self._core.weights_at(step)
 
     def set_weights(self, weights: Weights, step: int | None = None) -> int:
         """Change the mixture from plan step `step` on; by default from the first step not begun.
@@ -194,10 +245,82 @@ class MixLoader:
         weights: as for MixLoader, or int64 [D] that sum to WEIGHT_ONE, which are taken as they are.
         Returns the first step with these weights. Batches read ahead for that step and after are
         dropped and filled anew, so the change is never late. With several ranks every rank makes
-        the same call. Raises WeightsError and changes nothing if the weights are no mixture or the
-        step has begun.
+        the same call. A schedule ends at that step. Raises WeightsError and changes nothing if the weights
+        are no mixture or the step has begun.
         """
-        return self._core.set_weights(self._units(weights), step)
+        units = self._units(weights)
+        if self._schedule is None:
+            return self._core.set_weights(units, step)
+        with self._drawing:
+            effect = self._core.set_weights(units, step)
+            self._follow_schedule(effect - 1)
+            for ahead in range(effect + 1, self._scheduled):
+                self._core.set_weights(units, ahead)
+            self._schedule = None
+        return effect
+
+    def accounts(self) -> dict[str, DomainAccount]:
+        """What each domain was asked to give and gave, to the token, by name."""
+        return accounts(self)
+
+    # Domains that come and go
+
+    def add_domain(self, name: str, data: Any, weight: float = 0.0) -> int:
+        """Append a domain; the others keep 1 - weight of the mixture. data: as in a mapping for Manifest.open.
+
+        Returns the first step that may draw from it: the first not begun.
+        """
+        if not 0 <= weight < 1:
+            raise WeightsError(f"the weight of the new domain {name!r} is {weight}; expected a share in [0, 1)")
+        self._append(self.manifest.with_domain(name, data))
+        return self.set_weights([*(self.weights[:-1] * (1 - weight)), weight])
+
+    def remove_domain(self, name: str) -> int:
+        """Never draw from a domain again; its weight goes to the others, its number stays. Returns the first step."""
+        index = self.names.index(self.manifest.domain(name).name)
+        weights = self.weights
+        weights[index] = 0.0
+        if not weights.any():
+            raise WeightsError(f"domain {name!r} is the only one with a weight; add or weigh another one first")
+        step = self.set_weights(weights)
+        self.removed = (*self.removed, name)
+        return step
+
+    def split_domain(self, name: str, parts: Mapping[str, Sequence[int]]) -> int:
+        """Replace a domain by parts, each of some of its shards (by number), which share its weight by their tokens.
+
+        The parts are new domains at the end, and begin an epoch. Returns the first step that may draw from them.
+        """
+        index = self.names.index(self.manifest.domain(name).name)
+        self._append(self.manifest.split(name, parts))
+        weights = self.weights
+        tokens = np.array([self.manifest.domain(part).tokens for part in parts], dtype=np.float64)
+        weights[len(weights) - len(tokens) :] = weights[index] * tokens / tokens.sum()
+        weights[index] = 0.0
+        step = self.set_weights(weights)
+        self.removed = (*self.removed, name)
+        return step
+
+    # Beside the stream
+
+    def probe(self, domain: str, batch_size: int | None = None, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+        """Batches of one domain's training windows, without end; this stream does not notice. seed: of their order."""
+        self.manifest.domain(domain)
+        return probe(self, domain, self.batch_size if batch_size is None else batch_size, seed)
+
+    def held_out(self, batch_size: int | None = None, **options: Any) -> HeldOut:
+        """The held-out windows as finite batches, the same on every rank; options: of HeldOut."""
+        return HeldOut(self.manifest, self.batch_size if batch_size is None else batch_size, self.seq_len, **options)
+
+    def peek(self) -> tuple[int, dict[str, Any]] | None:
+        """The next batch if it is ready, without drawing it: the number of its filling, and its tensors.
+
+        If `fill` has this number after next(), the tensors are those of the batch that was drawn; else a change of
+        weights came in between, and they hold nothing of use.
+        """
+        with self._drawing:
+            fill = self._core.peek()
+            return None if fill is None else (fill, self._buffers[0].batch())
 
     # State
 
@@ -206,36 +329,50 @@ class MixLoader:
 
         The same on every rank.
         """
+        core = self._core.state()
+        if self._schedule is not None:  # what it has set ahead depends on the prefetch, and is set again
+            core["weights"] = [entry for entry in core["weights"] if entry[0] <= self.step]
+            core["weights_version"] = core["weights"][-1][1]
         return {
             "version": STATE_VERSION,
             "fingerprint": self.manifest.fingerprint,
             "seed": self.seed,
             "seq_len": self.seq_len,
             "global_batch": self.global_batch,
+            "rules": self.rules.to_json(),
             "domains": list(self.names),
-            **self._core.state(),
+            "removed": list(self.removed),
+            "scheduled": self._schedule is not None,
+            "tokens_before": list(self._tokens_before),
+            **core,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state` was taken, at any world size.
 
         Another global batch (between steps) goes on from the same windows; another seq_len begins a
-        new epoch of each domain. Raises StateError for a state of other data or another seed.
+        new epoch of each domain; domains appended since begin with weight zero. Raises StateError for a state
+        of other data, another seed or other rules.
         """
-        self._check_state(state)
-        core = {key: state[key] for key in ("step", "rows", "cursors", "residuals", "weights_version", "weights")}
+        check_state(state, self)
+        state = append_domains(state, self.names)
         if state["seq_len"] != self.seq_len:
-            old = self._windows(state["seq_len"])
-            epochs = [-(-cursor // int(n)) for cursor, n in zip(core["cursors"], old, strict=True)]
-            core["cursors"] = [epoch * int(n) for epoch, n in zip(epochs, self.windows, strict=True)]
+            old = epoch_windows(self.manifest, state["seq_len"])
+            state = change_seq_len(state, self.seq_len, old, self.windows)
         with self._drawing:
-            self._core.load_state(core)
+            self._core.load_state(
+                {key: state[key] for key in ("step", "rows", "cursors", "residuals", "weights_version", "weights")}
+            )
+            self._tokens_before, self.removed = list(state["tokens_before"]), tuple(state["removed"])
             self._step = state["step"]
             self._micro_step = state["rows"] // (self.batch_size * self.world_size)
+            self._scheduled = self.step + 1
+            if not state["scheduled"]:
+                self._schedule = None
 
     def close(self) -> None:
         """End the reader threads and drop what they read ahead."""
-        self._core.close()
+        self._engine.close()
         self._buffers.clear()
 
     def __enter__(self) -> MixLoader:
@@ -246,14 +383,56 @@ class MixLoader:
 
     # Helpers
 
+    def _open(self, units: np.ndarray) -> None:
+        """Start the core over the manifest as it is now."""
+        self._engine = Engine(
+            self.manifest,
+            self.seq_len,
+            rules=self.rules,
+            format=self.format,
+            layout=self.layout,
+            units=units,
+            seed=self.seed,
+            vocab_size=self.vocab_size,
+            eot=self.eot,
+            **self._reading,
+        )
+        self._core, self.windows = self._engine.core, self._engine.windows
+
+    def _append(self, manifest: Manifest) -> None:
+        """Go on with the same stream over a manifest with more domains at its end."""
+        with self._drawing:
+            state = append_domains(self.state_dict(), manifest.names)
+            old, before = self._engine, self.manifest
+            self.manifest = manifest
+            try:
+                self._open(np.array(state["weights"][0][2], dtype=np.int64))
+            except BaseException:
+                self.manifest = before
+                raise
+            old.close()
+            self._buffers.clear()
+            self._core.load_state(state)
+            self._tokens_before = state["tokens_before"]
+            self.table = manifest.table(self.weights)
+            self._schedule = None
+
     def _submit(self) -> None:
-        # Inputs and targets share one allocation: on the caller's thread it costs more than the rest.
-        shape = (2, self.batch_size, self.seq_len)
-        tokens = torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory)
-        domain_ids = torch.empty(self.batch_size, dtype=torch.int64, pin_memory=self._pin_memory)
-        inputs, targets = tokens.numpy()
-        self._core.submit(inputs, targets, domain_ids.numpy())
-        self._buffers.append((tokens, domain_ids))
+        if self._schedule is not None:
+            ahead = self._micro_step + len(self._buffers)
+            self._follow_schedule(self._step + ahead // self.grad_accumulation_steps)
+        buffers = Buffers(self.format)
+        self._core.submit(*buffers.for_core())
+        self._buffers.append(buffers)
+
+    def _follow_schedule(self, step: int) -> None:
+        """Set the scheduled weights of all steps up to `step`, before any of them is planned."""
+        assert self._schedule is not None
+        while self._scheduled <= step:
+            units = self._units(self._schedule.at(self._scheduled))
+            if not np.array_equal(units, self._core.weights_at(self._scheduled)):
+                self._core.set_weights(units, self._scheduled)
+            self._scheduled += 1
 
     def _advance(self, step: int, micro_step: int) -> None:
         last = micro_step == self.grad_accumulation_steps
@@ -262,93 +441,10 @@ class MixLoader:
     def _units(self, weights: Weights) -> np.ndarray:
         if isinstance(weights, np.ndarray) and weights.dtype == np.int64 and weights.sum() == WEIGHT_ONE:
             as_weights(weights, self.names)
-            return weights
-        return quantize(as_weights(weights, self.names))
-
-    def _windows(self, seq_len: int) -> np.ndarray:
-        """int64 [D]: windows of seq_len + 1 tokens in one epoch of each domain."""
-        windows = [sum((s.tokens - 1) // seq_len for s in domain.shards) for domain in self.manifest.domains]
-        for domain, count in zip(self.manifest.domains, windows, strict=True):
-            if count == 0:
-                raise ManifestError(
-                    f"domain {domain.name!r} has no shard of {seq_len + 1} tokens, which one window of "
-                    f"seq_len {seq_len} needs; its longest has {max(s.tokens for s in domain.shards)}"
-                )
-        return np.array(windows, dtype=np.int64)
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        own = self.state_dict()
-        missing = sorted(set(own) - set(state))
-        if missing:
-            raise StateError(f"the loader state has no {missing[0]!r}; it is damaged or was not saved by a MixLoader")
-        if state["version"] != STATE_VERSION:
-            raise StateError(
-                f"the loader state has version {state['version']}; this mixloader reads version {STATE_VERSION}"
-            )
-        for key, what in (("domains", "domains"), ("fingerprint", "data"), ("seed", "seed")):
-            if state[key] != own[key]:
-                raise StateError(
-                    f"the loader state was saved with other {what}: {state[key]!r}; this loader has {own[key]!r}"
-                )
-        if state["global_batch"] != self.global_batch and state["rows"]:
-            raise StateError(
-                f"the loader state was saved {state['rows']} rows into a step of {state['global_batch']} rows; "
-                f"a change to a global batch of {self.global_batch} is possible between steps only"
-            )
-        _check_stream_state(state, len(self.names))
-
-
-def _check_stream_state(state: Mapping[str, Any], domains: int) -> None:
-    """Refuse a state whose numbers cannot be those of a stream over this many domains."""
-
-    def integers(values: Any, least: int | None) -> bool:
-        return (
-            isinstance(values, (list, tuple))
-            and len(values) == domains
-            and all(type(v) is int and (least is None or v >= least) for v in values)
-        )
-
-    sound = (
-        all(type(state[key]) is int and state[key] >= 0 for key in ("step", "rows", "weights_version", "seq_len"))
-        and state["seq_len"] > 0
-        and state["rows"] < state["global_batch"]
-        and integers(state["cursors"], 0)
-        and integers(state["residuals"], None)
-        and sum(state["residuals"]) == 0
-        and all(integers(units, 0) and sum(units) == WEIGHT_ONE for _, _, units in state["weights"])
-        and any(step <= state["step"] for step, _, _ in state["weights"])
-    )
-    if not sound:
-        raise StateError(
-            f"the loader state is damaged: {dict(state)!r} is no position in a stream of {domains} domains"
-        )
-
-
-def _ranks(world_size: int | None, rank: int | None) -> tuple[int, int]:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if world_size is None:
-        world_size = torch.distributed.get_world_size() if distributed else 1
-    if rank is None:
-        rank = torch.distributed.get_rank() if distributed else 0
-    return world_size, rank
-
-
-def _accumulation(steps: int | None, global_batch: int | None, world_size: int, batch_size: int) -> int:
-    rows = world_size * batch_size
-    if global_batch is None:
-        _check_counts(grad_accumulation_steps=(1 if steps is None else steps, 1))
-        return 1 if steps is None else int(steps)
-    _check_counts(global_batch=(global_batch, 1))
-    if global_batch % rows or steps not in (None, global_batch // rows):
-        raise ValueError(
-            f"a global batch of {global_batch} rows cannot be dealt to {world_size} ranks in micro-batches of "
-            f"{batch_size} rows{'' if steps is None else f' and {steps} accumulation steps'}; "
-            f"give a multiple of {rows}"
-        )
-    return int(global_batch) // rows
-
-
-def _check_counts(**counts: tuple[int, int]) -> None:
-    for name, (value, least) in counts.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 1 << 64:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}, in 64 bits")
+            units = weights
+        else:
+            units = quantize(as_weights(weights, self.names))
+        for name in self.removed:
+            if units[self.names.index(name)]:
+                raise WeightsError(f"domain {name!r} was removed, and cannot have a weight above zero any more")
+        return units

@@ -7,14 +7,11 @@ earlier, never later. Nothing that reaches the weights, the state or the record 
 from __future__ import annotations
 
 import math
-import platform
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ import torch
 from mixloader.decision import Decider, Decision, Task
 from mixloader.errors import ConfigError, MixLoaderError, StateError
 from mixloader.loader import MixLoader
-from mixloader.mixture import as_weights, quantize
+from mixloader.mixture import as_weights, quantize, without
 from mixloader.policies import Policy, make_policy
-from mixloader.record import Recorder
+from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
 
@@ -40,6 +37,12 @@ class _Pending:
     effect: int
     future: Future[Decision]
     stale: bool = False
+
+
+def _decided(decision: Decision, stale: bool) -> _Pending:
+    future: Future[Decision] = Future()
+    future.set_result(decision)
+    return _Pending(decision.effect, future, stale)
 
 
 class Mixer:
@@ -103,10 +106,12 @@ class Mixer:
         self._snapshots: list[StatsSnapshot] = []
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
         self._pending: deque[_Pending] = deque()
-        self._warned = self._closed = False
-        self._path = None if record is None else Path(record)
-        self._record: Recorder | None = None
-        self._header = self._make_header()
+        self._warned = self._closed = self._domains_changed = False
+        header = make_header(
+            loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
+            token_budget=token_budget,
+        )  # fmt: skip
+        self._log = RunLog(record, header)
 
     def step(self) -> None:
         """End a plan step: hand its statistics to the policy, and apply the decision that is due.
@@ -118,23 +123,57 @@ class Mixer:
         if self._closed:
             raise MixLoaderError("the mixer is closed")
         step, stream = self._next, self.loader.state_dict()
+        if len(self.loader.names) != len(self._in_force):
+            raise MixLoaderError(
+                f"the loader has {len(self.loader.names)} domains now, and the mixer knows of {len(self._in_force)}; "
+                "change domains through the mixer: add_domain(), remove_domain(), split_domain()"
+            )
         if (stream["step"], stream["rows"]) != (step + 1, 0):
             raise MixLoaderError(
                 f"mixer.step() was called to end plan step {step}, but the loader stands {stream['rows']} rows into "
                 f"step {stream['step']}; call it once after each optimizer step, when all micro-batches of that step "
-                "and none of the next were drawn"
+                "and none of the next were drawn; steps are left out with mixer.skip()"
             )
         self._next = step + 1
         self._notice_changes(stream)
         drawn = [units for start, _, units in stream["weights"] if start <= step][-1]
         if drawn != self._in_force:
             self._in_force = drawn
-            self._write_event("weights", step, weights=drawn)
+            self._log.event("weights", step, weights=drawn)
         if self._next % self.decide_every == 0:
             self._submit(step, stream)
         elif self._next % self._snapshot_every == 0:
             self._snapshots.append(self.stats.snapshot())
-        self._collect()
+        self._collect(self._next)
+
+    def skip(self, steps: int) -> int:
+        """Leave out the next `steps` plan steps of the loader, between step() and the next batch.
+
+        Decisions that take effect in them are waited for, so the stream is the one that the record tells. Returns
+        the plan step that comes next.
+        """
+        self._notice_changes(self.loader.state_dict())
+        self._collect(self._next + steps)
+        before = self.loader.cursors
+        begin, self._next = self._next, self.loader.skip(steps)
+        self._decider.builder.cursors = self._decider.builder.cursors + self.loader.cursors - before
+        self._log.event("skip", begin, steps=steps)
+        return self._next
+
+    def add_domain(self, name: str, data: Any, weight: float = 0.0) -> None:
+        """As MixLoader.add_domain, between step() and the next batch. The policy is reset with the new table.
+
+        `stats` is a new object from here on, with a row for the new domain.
+        """
+        self._change_domains(lambda: self.loader.add_domain(name, data, weight))
+
+    def remove_domain(self, name: str) -> None:
+        """As MixLoader.remove_domain; see add_domain."""
+        self._change_domains(lambda: self.loader.remove_domain(name))
+
+    def split_domain(self, name: str, parts: Mapping[str, Sequence[int]]) -> None:
+        """As MixLoader.split_domain; see add_domain."""
+        self._change_domains(lambda: self.loader.split_domain(name, parts))
 
     def feedback(self, losses: Mapping[str, float]) -> None:
         """Tell the policy, from its next decision on, what an evaluation found.
@@ -150,7 +189,7 @@ class Mixer:
                 raise ConfigError(f"the feedback for {name!r} is {value}; expected a finite number")
         step = self._next - 1
         self._feedback.update({name: (value, step) for name, value in values.items()})
-        self._write_event("feedback", step, losses=values)
+        self._log.event("feedback", step, losses=values)
 
     # The clock
 
@@ -183,23 +222,23 @@ class Mixer:
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
         self._pending.append(_Pending(effect, self._decider.submit(task)))
 
-    def _collect(self) -> None:
-        """Apply what takes effect at the next step."""
-        while self._pending and self._pending[0].effect <= self._next:
+    def _collect(self, step: int) -> None:
+        """Apply what takes effect at the plan steps up to `step`."""
+        while self._pending and self._pending[0].effect <= step:
             pending = self._pending[0]
             self.waits += self.lag > 0 and not pending.future.done()
             try:
                 decision = pending.future.result()
             except Exception as error:
                 self._pending.popleft()
-                self._write_event("stats_error", self._next - 1, error=str(error))
+                self._log.event("stats_error", self._next - 1, error=str(error))
                 raise
             self._pending.popleft()
             if decision.units is not None and not pending.stale:
                 self.loader.set_weights(decision.units, step=pending.effect)
                 self._version += 1
                 self._in_force = decision.units.tolist()
-            self._write_decision(decision, at=self._next - 1)
+            self._log.decision(decision, self._in_force, at=self._next - 1)
             if decision.error is not None and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -209,6 +248,39 @@ class Mixer:
                     stacklevel=3,
                 )
 
+    def _change_domains(self, change: Callable[[], int]) -> None:
+        """Decisions under way do not know the new domains: they are told in the record, but not applied."""
+        self._check_between_steps()
+        decided = [pending.future.result() for pending in self._pending]
+        self._drain()
+        change()
+        loader = self.loader
+        weights = self.policy.reset(loader.table)
+        if weights is not None:
+            loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
+        self._decider.change_domains(loader.table, loader.removed, loader.windows)
+        more = len(loader.names) - len(self._in_force)
+        self.stats = DomainStats(len(loader.names), self.stats.device)
+        self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
+        self._pending = deque(_decided(decision.grown(more), stale=True) for decision in decided)
+        self._version = loader.state_dict()["weights_version"]
+        self._in_force = loader.units_at(self._next).tolist()
+        self._domains_changed = True
+        self._write_domains()
+
+    def _write_domains(self) -> None:
+        loader = self.loader
+        self._log.event(
+            "domains", self._next, manifest=loader.manifest.fingerprint, domains=list(loader.names),
+            fields=list(loader.table.fields), removed=list(loader.removed), weights=self._in_force,
+        )  # fmt: skip
+
+    def _drain(self) -> None:
+        """Add what was counted since the last decision to the sums that the next one is given."""
+        self._snapshots.append(self.stats.snapshot())
+        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
+        self._snapshots = []
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,21 +289,12 @@ class Mixer:
         Waits for the decisions under way, and until the record is on the disk. Save it together with
         the state of the loader, between step() and the next batch.
         """
-        stream = self.loader.state_dict()
-        if stream["step"] != self._next:
-            raise MixLoaderError(
-                f"the state was asked for at plan step {stream['step']}, but mixer.step() has not ended step "
-                f"{self._next} yet; call it before saving"
-            )
-        self._notice_changes(stream)
-        self._collect()
-        self._snapshots.append(self.stats.snapshot())
-        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
-        self._snapshots = []
+        self._check_between_steps()
+        self._notice_changes(self.loader.state_dict())
+        self._collect(self._next)
+        self._drain()
         pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
-        recorder = self._recorder()
-        if recorder is not None:
-            recorder.flush()
+        self._log.flush()
         return {
             "version": STATE_VERSION,
             "domains": list(self.loader.names),
@@ -241,6 +304,7 @@ class Mixer:
             "step": self._next,
             "weights_version": self._version,
             "in_force": self._in_force,
+            "domains_changed": self._domains_changed,
             "decider": self._decider.state_dict(),
             "feedback": {name: list(entry) for name, entry in self._feedback.items()},
             "sums": self._sums.tolist(),
@@ -258,19 +322,25 @@ class Mixer:
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]
         self._in_force = list(state["in_force"])
+        self._domains_changed = state["domains_changed"]
         self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
         self.stats.snapshot()  # whatever was counted since is not part of the state
         self._snapshots, self._sums = [], np.array(state["sums"], dtype=np.int64)
         self._pending.clear()
         for entry in state["pending"]:
             decision = Decision.from_json({key: value for key, value in entry.items() if key != "stale"})
-            future: Future[Decision] = Future()
-            future.set_result(decision)
-            self._pending.append(_Pending(decision.effect, future, entry["stale"]))
-        if self._record is not None:
-            self._record.close()
-        if self._path is not None:
-            self._record = Recorder(self._path, self._header, resume_step=self._next)
+            self._pending.append(_decided(decision, entry["stale"]))
+        self._log.resume(self._next)
+        if state["domains_changed"]:
+            self._write_domains()  # a resume ends what the record says of this step
+
+    def _check_between_steps(self) -> None:
+        step = self.loader.state_dict()["step"]
+        if step != self._next:
+            raise MixLoaderError(
+                f"the loader stands at plan step {step}, but mixer.step() has not ended step {self._next} yet; call it "
+                "before saving and before changing domains"
+            )
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         own = {
@@ -298,57 +368,6 @@ class Mixer:
                     "the loader had when the mixer's was saved"
                 )
 
-    # The record
-
-    def _recorder(self) -> Recorder | None:
-        """The record, begun here if this run is new; load_state_dict continues one instead."""
-        if self._record is None and self._path is not None:
-            self._record = Recorder(self._path, self._header)
-        return self._record
-
-    def _write_event(self, event: str, step: int, **values: Any) -> None:
-        recorder = self._recorder()
-        if recorder is not None:
-            recorder.event(event, step=step, **values)
-
-    def _write_decision(self, decision: Decision, at: int) -> None:
-        recorder = self._recorder()
-        if recorder is None:
-            return
-        recorder.decision(
-            step=decision.step,
-            effect=decision.effect,
-            tokens=decision.tokens,
-            weights=self._in_force,
-            counts=decision.counts,
-            loss=decision.loss,
-            loss_tokens=decision.loss_tokens,
-            feedback=decision.feedback,
-        )
-        if decision.error is not None:
-            recorder.event("policy_error", step=at, source=decision.step, error=decision.error)
-
-    def _make_header(self) -> dict[str, Any]:
-        loader = self.loader
-        return {
-            "mixloader": version("mixloader"),
-            "manifest": loader.manifest.fingerprint,
-            "seed": loader.seed,
-            "global_batch": loader.global_batch,
-            "batch_size": loader.batch_size,
-            "seq_len": loader.seq_len,
-            "step": self._next,
-            "domains": list(loader.names),
-            "fields": list(loader.table.fields),
-            "weights": self._in_force,
-            "policy": self._policy,
-            "decide_every": self.decide_every,
-            "lag": self.lag,
-            "token_budget": self.token_budget,
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": str(torch.__version__)},
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-
     # The end
 
     def close(self) -> None:
@@ -370,17 +389,15 @@ class Mixer:
                 self._finish()
         finally:
             self._decider.close()
-            if self._record is not None:
-                self._record.close()
+            self._log.close()
 
     def _finish(self) -> None:
         for pending in self._pending:
             decision = pending.future.result()
             if decision.units is not None and not pending.stale:
                 self._in_force = decision.units.tolist()
-            self._write_decision(decision, at=self._next)
-        if self._record is not None:
-            self._record.event("end", step=self._next)
+            self._log.decision(decision, self._in_force, at=self._next)
+        self._log.end(self._next)
 
 
 def _check_arguments(loader: MixLoader, **counts: tuple[int | None, int]) -> None:

@@ -1,7 +1,7 @@
 """The run record: JSON lines that log a run, replay its token stream and train the agent.
 
 docs/record.md is the schema. A Recorder writes a record from a thread of its own; read_record reads
-one, also while it grows or after its writer was killed; replay draws the recorded stream again.
+one, also while it grows or after its writer was killed. replay.py draws the recorded stream again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import numpy as np
 
 from mixloader.errors import RecordError
 from mixloader.files import sync
-from mixloader.loader import MixLoader
-from mixloader.manifest import Manifest
 from mixloader.mixture import WEIGHT_ONE
 
 VERSION = 1
 
 _RESUME = b'{"type":"event","event":"resume",'
+_DOMAINS = b'{"type":"event","event":"domains",'
 _EXISTS = "choose another path, move the file away, or load the state of its run to go on with that one"
-_SAME_RUN = ("manifest", "seed", "seq_len", "global_batch", "domains")
+_CHANGES = ("weights", "domains")  # events that say the weights of their step
+_SAME_RUN = ("manifest", "seed", "seq_len", "global_batch", "domains", "rules")
 
 
 class Recorder:
@@ -58,7 +58,7 @@ class Recorder:
                         raise RecordError(f"record {self.path} exists already, and this is a new run; {_EXISTS}")
                     self._write_line(header, digits=17)
                 else:
-                    attempt = _check_continues(self.path, self._file, header) + 1
+                    attempt = _check_continues(self.path, self._file, header, resume_step) + 1
                     self._write_line({"type": "event", "event": "resume", "attempt": attempt, "step": resume_step})
                 sync(self.path.parent)
             except BaseException:
@@ -179,12 +179,13 @@ def _lock(path: Path, file: int) -> None:
         raise RecordError(f"record {path} is being written by another process or Mixer; choose another path") from error
 
 
-def _check_continues(path: Path, file: int, header: Mapping[str, Any]) -> int:
+def _check_continues(path: Path, file: int, header: Mapping[str, Any], step: int) -> int:
     """Compare the headers, cut off a torn last line, and return the attempts so far.
 
     Lines are counted without being parsed, so that a record of 10^6 decisions opens in about a second.
     """
     end, attempts, first = 0, 1, b""
+    changed: dict[str, Any] = {}
     with open(path, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -192,14 +193,16 @@ def _check_continues(path: Path, file: int, header: Mapping[str, Any]) -> int:
             first = first or line
             end += len(line)
             attempts += line.startswith(_RESUME)
+            if line.startswith(_DOMAINS) and (event := json.loads(line))["step"] <= step:
+                changed = {key: event[key] for key in ("manifest", "domains")}
     if not first:
         raise RecordError(f"record {path} has no whole line; move it away, or go on with record=None")
-    old = _parse(path, 1, 0, first[:-1])
+    old = _parse(path, 1, 0, first[:-1]) | changed
     for key in _SAME_RUN:
-        if old[key] != header[key]:
+        if old.get(key) != header.get(key):
             raise RecordError(
-                f"record {path} belongs to a run with {key} {old[key]!r}; this run has {header[key]!r}; choose another "
-                "path for another run"
+                f"record {path} belongs to a run with {key} {old.get(key)!r}; this run has {header.get(key)!r}; choose "
+                "another path for another run"
             )
     os.ftruncate(file, end)
     return attempts
@@ -260,8 +263,14 @@ def read_record(path: str | Path) -> RunRecord:
         raise RecordError(f"record {path} has no whole line; expected a header")
     lines: list[dict[str, Any]] = []
     offset = 0
+    sizes: list[tuple[int, int]] = []  # (step, number of domains from then on)
     for number, text in enumerate(whole, 1):
-        lines.append(_parse(path, number, offset, text, domains=len(lines[0]["domains"]) if lines else None))
+        line = _parse(path, number, offset, text, domains=sizes[-1][1] if sizes else None)
+        if line["type"] == "header" or line.get("event") == "domains":
+            sizes.append((line["step"], len(line["domains"])))
+        elif line.get("event") == "resume":
+            sizes = sizes[:1] + [size for size in sizes[1:] if size[0] < line["step"]]
+        lines.append(line)
         offset += len(text) + 1
     return _canonical(lines, torn=bool(rest))
 
@@ -275,12 +284,18 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
             kept = [earlier for earlier in kept if earlier["step"] < line["step"]]
         else:
             kept.append(line)
+    grown = [line for line in kept if line.get("event") == "domains"]
+    if grown:
+        # Domains only ever come at the end: the run is told as if all had been there, without a weight.
+        size = len(grown[-1]["domains"])
+        header = _padded(header, size) | {key: grown[-1][key] for key in ("domains", "fields", "manifest")}
+        kept = [_padded(line, size) for line in kept]
     # Decisions that were under way at a checkpoint were made and written once more after the resume.
     decisions = {line["step"]: line for line in kept if line["type"] == "decision"}
     changes = [
         (line.get("effect", line["step"]), line["weights"])
         for line in kept
-        if (decisions[line["step"]] is line if line["type"] == "decision" else line["event"] == "weights")
+        if (decisions[line["step"]] is line if line["type"] == "decision" else line["event"] in _CHANGES)
     ]
     return RunRecord(
         header=header,
@@ -290,6 +305,16 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
         attempts=attempts,
         torn=torn,
     )
+
+
+def _padded(line: dict[str, Any], size: int) -> dict[str, Any]:
+    """A line of a time with fewer domains, for `size` of them."""
+    blanks = {"weights": 0, "counts": 0, "loss_tokens": 0, "loss": None}
+    return line | {
+        key: line[key] + [blank] * (size - len(line[key]))
+        for key, blank in blanks.items()
+        if isinstance(line.get(key), list)
+    }
 
 
 def _parse(path: Path, number: int, offset: int, text: bytes, domains: int | None = None) -> dict[str, Any]:
@@ -318,7 +343,9 @@ def _problem(line: Any, domains: int | None) -> str | None:
         if line.get("version") != VERSION:
             return f"its version is {line.get('version')!r}; this mixloader reads version {VERSION}, upgrade it"
         domains = len(line["domains"]) if isinstance(line.get("domains"), list) else 0
-    special = line["type"] == "event" and line.get("event") in ("weights", "resume")
+    special = line["type"] == "event" and line.get("event") in ("weights", "resume", "domains")
+    if line.get("event") == "domains":
+        domains = len(line["domains"]) if isinstance(line.get("domains"), list) else 0
     for key, expected in _KEYS[line["event"] if special else line["type"]].items():
         if not _CHECKS[expected](line.get(key), domains):
             return f"its {key!r} is {line.get(key)!r}; expected {expected}"
@@ -339,7 +366,9 @@ _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     "a string": lambda value, _: isinstance(value, str),
     "a count": lambda value, _: _is_count(value),
     "a step, or -1": lambda value, _: value == -1 or _is_count(value),
+    "rules of a stream, or none": lambda value, _: value is None or isinstance(value, dict),
     "a list of names": lambda value, n: _all_of(value, n, lambda item: isinstance(item, str)),
+    "a list, one a domain": lambda value, n: isinstance(value, list) and len(value) == n,
     "counts, one a domain": lambda value, n: _all_of(value, n, _is_count),
     _LOSSES: lambda value, n: _all_of(value, n, lambda item: item is None or type(item) in (int, float)),
     _UNITS: lambda value, n: _all_of(value, n, _is_count) and sum(value) == WEIGHT_ONE,
@@ -348,6 +377,7 @@ _KEYS: dict[str, dict[str, str]] = {
     "header": {
         "manifest": "a string", "seed": "a count", "global_batch": "a count", "batch_size": "a count",
         "seq_len": "a count", "step": "a count", "domains": "a list of names", "weights": _UNITS,
+        "rules": "rules of a stream, or none",
     },
     "decision": {
         "step": "a count", "effect": "a count", "tokens": "a count", "weights": _UNITS,
@@ -356,37 +386,8 @@ _KEYS: dict[str, dict[str, str]] = {
     "event": {"event": "a string", "step": "a step, or -1"},
     "weights": {"step": "a count", "weights": _UNITS},
     "resume": {"step": "a count", "attempt": "a count"},
+    "domains": {
+        "step": "a count", "manifest": "a string", "domains": "a list of names", "fields": "a list, one a domain",
+        "weights": _UNITS,
+    },
 }  # fmt: skip
-
-
-def replay(record: RunRecord | str | Path, data: Any, *, batch_size: int | None = None, **options: Any) -> MixLoader:
-    """A loader that draws exactly the recorded stream (guarantee G1), from step 0.
-
-    data: as for MixLoader; it must be the data of the run. batch_size: rows of a micro-batch, by
-    default that of the run; any that divides the global batch gives the same rows in the same order.
-    options: of MixLoader; the record sets weights, seed, seq_len and global_batch.
-    Raises RecordError if the data are others, or if the record does not begin at step 0.
-    """
-    run = record if isinstance(record, RunRecord) else read_record(record)
-    header, manifest = run.header, Manifest.open(data)
-    if manifest.fingerprint != header["manifest"]:
-        raise RecordError(
-            f"the record belongs to data with fingerprint {header['manifest']} ({', '.join(header['domains'])}), but "
-            f"the given data have {manifest.fingerprint} ({', '.join(manifest.names)}); give the data of that run"
-        )
-    if header["step"] != 0:
-        raise RecordError(
-            f"the record begins at step {header['step']}, where its Mixer was attached; a replay needs one from step 0"
-        )
-    loader = MixLoader(
-        manifest,
-        header["batch_size"] if batch_size is None else batch_size,
-        header["seq_len"],
-        weights=np.array(header["weights"], dtype=np.int64),
-        global_batch=header["global_batch"],
-        seed=header["seed"],
-        **options,
-    )
-    for step, units in run.changes:
-        loader.set_weights(np.array(units, dtype=np.int64), step=step)
-    return loader

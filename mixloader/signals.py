@@ -77,6 +77,16 @@ class ObservationBuilder:
             },
         )
 
+    def grow(self, windows: np.ndarray) -> None:
+        """Go on with more domains at the end, of which nothing was read. windows: int64 [D], of all."""
+        more = len(windows) - len(self.windows)
+        self.windows = windows
+        self.cursors = np.append(self.cursors, np.zeros(more, dtype=np.int64))
+        self.loss = np.append(self.loss, np.full(more, math.nan))
+        self.loss_std = np.append(self.loss_std, np.full(more, math.nan))
+        self.loss_count = np.append(self.loss_count, np.zeros(more, dtype=np.int64))
+        self.loss_step = np.append(self.loss_step, np.full(more, -1, dtype=np.int64))
+
     def _measure(self, step: int, stats: StatsTable) -> None:
         read = stats.tokens > 0
         count = stats.tokens[read]

@@ -1,0 +1,122 @@
+"""The C++ core over a manifest, and what runs beside it: tables of packed rows, shards that are fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixloader import _core
+from mixloader.batch import BatchFormat
+from mixloader.errors import ConfigError, ManifestError
+from mixloader.layout import Layout
+from mixloader.manifest import Manifest
+from mixloader.reference import domain_key
+from mixloader.rules import StreamRules
+
+_IO = {"pread": False, "mmap": True}
+
+
+class Engine:
+    """One core, started. core: the _core.Streamer. windows: int64 [D], rows in one epoch of each domain.
+
+    units: int64 [D], the weights of step 0.
+    threads: None lets their number grow where storage is slow.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        seq_len: int,
+        *,
+        rules: StreamRules,
+        format: BatchFormat,
+        layout: Layout,
+        units: np.ndarray,
+        seed: int,
+        vocab_size: int | None,
+        eot: int | None,
+        io: str,
+        threads: int | None,
+        cache_dir: str | Path | None,
+        cache_bytes: int | None,
+    ):
+        if io not in _IO:
+            raise ConfigError(f"io is {io!r}; expected 'pread' or 'mmap'")
+        _check_documents(manifest, rules, eot)
+        rows = None
+        if rules.packing is not None:
+            from mixloader.packing import pack_rows
+
+            rows = pack_rows(manifest, seq_len, documents=rules.documents, eot=eot, cache_dir=cache_dir)
+        domains = []
+        for domain in manifest.domains:
+            shards = []
+            for shard in domain.shards:
+                known = shard.for_core()
+                if rows is None:
+                    known["windows"] = max(0, shard.tokens - 1) // seq_len
+                else:
+                    known["packing"], known["windows"] = rows[shard.path]
+                shards.append(known)
+            domains.append((domain_key(domain.name), shards))
+        self.windows = np.array([sum(s["windows"] for s in shards) for _, shards in domains], dtype=np.int64)
+        _check_windows(manifest, seq_len, self.windows)
+        self.core = _core.Streamer(
+            domains=domains,
+            seq_len=seq_len,
+            vocab_size=vocab_size or 0,
+            eot=eot or 0,
+            seed=seed,
+            mmap=_IO[io],
+            limits=rules.limits(manifest.names, self.windows),
+            units=units,
+            threads=threads,
+            **rules.for_core(),
+            **format.for_core(),
+            **vars(layout),
+        )
+        self._fetcher: Any = None
+        if not manifest.local:
+            from mixloader.cache import Fetcher, ShardCache
+
+            shards = [shard for domain in manifest.domains for shard in domain.shards]
+            self._fetcher = Fetcher(self.core, shards, ShardCache(cache_dir, cache_bytes))
+
+    def close(self) -> None:
+        """End the threads."""
+        self.core.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+
+def epoch_windows(manifest: Manifest, seq_len: int) -> np.ndarray:
+    """int64 [D]: windows of seq_len + 1 tokens in one epoch of each domain."""
+    return np.array(
+        [sum(max(0, s.tokens - 1) // seq_len for s in domain.shards) for domain in manifest.domains], dtype=np.int64
+    )
+
+
+def _check_windows(manifest: Manifest, seq_len: int, windows: np.ndarray) -> None:
+    for domain, count in zip(manifest.domains, windows.tolist(), strict=True):
+        if count == 0:
+            raise ManifestError(
+                f"domain {domain.name!r} has no shard of {seq_len + 1} tokens, which one window of "
+                f"seq_len {seq_len} needs; its longest has {max(s.tokens for s in domain.shards)}"
+            )
+
+
+def _check_documents(manifest: Manifest, rules: StreamRules, eot: int | None) -> None:
+    if rules.documents in ("eot", "eot_start") and eot is None:
+        raise ConfigError(
+            f"documents={rules.documents!r} needs the id of the end-of-text token, which the data do not say; give eot="
+        )
+    if rules.documents == "index":
+        for domain in manifest.domains:
+            for shard in domain.shards:
+                if not shard.has_documents:
+                    raise ManifestError(
+                        f"documents='index' is asked for, but shard {shard.path} ({shard.format}) has no table of "
+                        "documents; give documents='eot'"
+                    )
