@@ -4,10 +4,16 @@
 
 #include <pybind11/pybind11.h>
 
+#include "shard.h"
+
 namespace mixloader {
 
 namespace py = pybind11;
 
+// A dict of Shard's fields; those it does not have keep their defaults.
+Shard to_shard(const py::dict& dict);
+
 void bind_files(py::module_& m);
+void bind_packing(py::module_& m);
 
 }  // namespace mixloader

@@ -80,6 +80,7 @@ Corpus::Corpus(std::vector<Domain> domains, CorpusOptions options)
     for (const Shard& shard : domain.shards) {
       check_shard(shard);
       check_boundaries(shard, format.boundaries);
+      if (!shard.packing.empty()) check_packable(format);
       windows += shard.windows;
       ends.push_back(windows);
       paths.push_back(shard.path);
@@ -125,6 +126,19 @@ auto Corpus::with_documents(const Shard& shard, std::uint32_t number,
   return use(DocumentTable(shard, *file));
 }
 
+void Corpus::read_pieces(const Shard& shard, std::uint32_t number,
+                         std::uint64_t row, std::vector<Piece>& pieces) const {
+  files_
+      ->get<PackedRows>(number_of(Part::kPacking, number),
+                        [&] {
+                          auto rows =
+                              std::make_shared<const PackedRows>(shard.packing);
+                          rows->expect(shard, options_.seq_len);
+                          return rows;
+                        })
+      ->read(row, pieces);
+}
+
 RowPlace Corpus::locate(std::uint32_t domain, std::uint64_t window) const {
   const auto& ends = window_ends_[domain];
   const auto index = static_cast<std::uint32_t>(
@@ -136,16 +150,22 @@ RowPlace Corpus::locate(std::uint32_t domain, std::uint64_t window) const {
 
 std::optional<DocumentPlace> Corpus::document_at(std::uint32_t domain,
                                                  std::uint64_t window) const {
-  const RowPlace place = locate(domain, window);
+  RowPlace place = locate(domain, window);
   const Shard& shard = domains_[domain].shards[place.shard];
+  const std::uint32_t number = first_shard_[domain] + place.shard;
+  if (!shard.packing.empty()) {
+    std::vector<Piece> pieces;
+    read_pieces(shard, number, place.window, pieces);
+    place.token = pieces.front().token;
+  }
   if (shard.extents_are_documents) {
     const Extent extent = extent_at(shard, place.token);
     return DocumentPlace{extent.number, extent.first};
   }
   if (shard.documents.path.empty()) return std::nullopt;
-  return with_documents(
-      shard, first_shard_[domain] + place.shard,
-      [&place](const DocumentTable& table) { return table.find(place.token); });
+  return with_documents(shard, number, [&place](const DocumentTable& table) {
+    return table.find(place.token);
+  });
 }
 
 void Corpus::hint(std::uint32_t domain, std::uint64_t window) const try {
@@ -156,11 +176,17 @@ void Corpus::hint(std::uint32_t domain, std::uint64_t window) const try {
   const OpenFile file =
       shard.path.empty() ? files_->find<File>(number_of(Part::kTokens, number))
                          : open(shard, number);
-  if (!file || !shard.packing.empty()) return;
-  const std::uint64_t begin = byte_of(shard, place.token);
-  const std::uint64_t end =
-      byte_of(shard, place.token + options_.seq_len) + shard.width;
-  if (begin < end) file->advise(begin, end - begin);
+  if (!file) return;
+  std::vector<Piece> pieces{{place.token, options_.seq_len + 1}};
+  if (!shard.packing.empty()) {
+    read_pieces(shard, number, place.window, pieces);
+  }
+  for (const Piece& piece : pieces) {
+    const std::uint64_t begin = byte_of(shard, piece.token);
+    const std::uint64_t end =
+        byte_of(shard, piece.token + piece.tokens - 1) + shard.width;
+    if (begin < end) file->advise(begin, end - begin);
+  }
 } catch (const std::exception&) {
   // The row itself will say what is wrong.
 }
@@ -211,6 +237,7 @@ bool Corpus::is_read_in_place(const Row& row) const {
 void Corpus::read_row(const Row& row, const RowBuffers& buffers,
                       Workspace& workspace) const {
   const Shard& shard = *row.open.shard;
+  if (!shard.packing.empty()) return read_packed_row(row, buffers, workspace);
   const std::uint64_t count = options_.seq_len + 1;
   std::uint64_t largest = 0;
   if (is_read_in_place(row)) {
@@ -231,6 +258,23 @@ void Corpus::read_row(const Row& row, const RowBuffers& buffers,
   if (options_.format.boundaries != Boundaries::kNone) {
     mark_documents(row, buffers, workspace);
   }
+}
+
+void Corpus::read_packed_row(const Row& row, const RowBuffers& buffers,
+                             Workspace& workspace) const {
+  const Shard& shard = *row.open.shard;
+  const Largest largest = kernels_[std::countr_zero(shard.width)].largest;
+  const auto read = [&](std::uint64_t token, std::uint64_t count) {
+    read_tokens(row.open, token, count, workspace);
+    const std::byte* ids = workspace.tokens.data();
+    if (largest(ids, count) >= id_end(shard)) {
+      throw_token_error(shard, token, workspace);
+    }
+    return ids;
+  };
+  read_pieces(shard, row.open.number, row.place.window, workspace.pieces);
+  write_packed_row(workspace.pieces, options_.seq_len, shard.width,
+                   options_.format, read, buffers);
 }
 
 // Tokens [first, first + count) of a shard to workspace.tokens, as they are.

@@ -14,6 +14,7 @@
 #include "file.h"
 #include "locations.h"
 #include "open_files.h"
+#include "packing.h"
 #include "row.h"
 #include "shard.h"
 #include "widen.h"
@@ -52,6 +53,7 @@ class Corpus {
     std::vector<std::byte> blocks;      // that checksums cover
     std::vector<ByteRange> ranges;      // of the file, where tokens lie
     std::vector<std::uint64_t> starts;  // of documents, in the row
+    std::vector<Piece> pieces;          // of a packed row
   };
 
   // Every domain has one window or more (the caller has checked). Files are
@@ -104,7 +106,7 @@ class Corpus {
   };
 
   // What is open of a shard: see the numbers of OpenFiles.
-  enum class Part { kTokens, kDocuments, kChecksums, kParts };
+  enum class Part { kTokens, kDocuments, kChecksums, kPacking, kParts };
   std::size_t number_of(Part part, std::uint32_t shard) const {
     return static_cast<std::size_t>(part) * shards_ + shard;
   }
@@ -114,10 +116,16 @@ class Corpus {
   template <typename Use>
   auto with_documents(const Shard& shard, std::uint32_t number, Use use) const;
 
+  // The pieces of a row of a packed shard, by the row's number in it.
+  void read_pieces(const Shard& shard, std::uint32_t number, std::uint64_t row,
+                   std::vector<Piece>& pieces) const;
+
   void prefetch(const Row& row) const;
   bool is_read_in_place(const Row& row) const;
   void read_row(const Row& row, const RowBuffers& buffers,
                 Workspace& workspace) const;
+  void read_packed_row(const Row& row, const RowBuffers& buffers,
+                       Workspace& workspace) const;
   void read_tokens(const OpenShard& open, std::uint64_t first,
                    std::uint64_t count, Workspace& workspace) const;
   void read_bytes(const OpenShard& open, std::uint64_t offset,

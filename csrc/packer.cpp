@@ -12,6 +12,7 @@
 
 #include "documents.h"
 #include "error.h"
+#include "faults.h"
 
 namespace mixloader {
 namespace {
@@ -164,8 +165,11 @@ void RowPacker::write_buffer() {
 
 void RowPacker::write(std::span<const std::byte> bytes, std::uint64_t offset) {
   while (!bytes.empty()) {
-    const ssize_t wrote = ::pwrite(descriptor_, bytes.data(), bytes.size(),
-                                   static_cast<off_t>(offset));
+    std::size_t size = bytes.size();
+    const ssize_t wrote = faults::fails(faults::Call::kWrite, &size)
+                              ? -1
+                              : ::pwrite(descriptor_, bytes.data(), size,
+                                         static_cast<off_t>(offset));
     if (wrote < 0 && errno == EINTR) continue;
     if (wrote < 0) {
       throw ShardError("cannot write the packed rows " + path_ + " at byte " +

@@ -57,9 +57,8 @@ void PackedRows::expect(const Shard& shard, std::uint64_t seq_len) const {
       header_.rows >= shard.windows) {
     return;
   }
-  throw ShardError(file_.name() + " are " +
-                   std::to_string(header_.rows) + " rows of " +
-                   std::to_string(header_.seq_len) +
+  throw ShardError(file_.name() + " are " + std::to_string(header_.rows) +
+                   " rows of " + std::to_string(header_.seq_len) +
                    " tokens from a shard of " + std::to_string(header_.tokens) +
                    " tokens, but shard " + shard.name + " of " +
                    std::to_string(shard.tokens) + " tokens is to give " +
@@ -132,8 +131,8 @@ bool PackedRows::is_sound(std::uint64_t row, std::span<const Piece> pieces,
 }
 
 void PackedRows::throw_damaged(const std::string& what) const {
-  throw ShardError(file_.name() + " are damaged: " +
-                   what + "; remove the file, and it is made again");
+  throw ShardError(file_.name() + " are damaged: " + what +
+                   "; remove the file, and it is made again");
 }
 
 void check_packable(const RowFormat& format) {

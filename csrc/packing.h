@@ -93,8 +93,8 @@ void check_packable(const RowFormat& format);
 
 // The ids of tokens [token, token + count) of a shard, as they lie on disk,
 // checked; they stay until the next call.
-using ReadIds = std::function<const std::byte*(std::uint64_t token,
-                                               std::uint64_t count)>;
+using ReadIds =
+    std::function<const std::byte*(std::uint64_t token, std::uint64_t count)>;
 
 // Writes one row from ids of `width` bytes: the pieces in order, positions from
 // 0 in each, documents numbered by piece. Slots that remain are a document of
