@@ -147,6 +147,12 @@ void check_packable(const RowFormat& format) {
         "packed rows mark slots without a target by -100, which uint16 "
         "targets cannot hold; ask for int32 or int64 targets");
   }
+  if (format.eot >= capacity_of(format.inputs)) {
+    throw std::invalid_argument(
+        "packed rows end with the end-of-text token, but inputs of the type "
+        "asked for cannot hold " +
+        std::to_string(format.eot));
+  }
 }
 
 void write_packed_row(std::span<const Piece> pieces, std::uint64_t seq_len,

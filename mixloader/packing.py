@@ -64,9 +64,15 @@ def pack_rows(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            packed: list[PackedShard | None] = [None] * len(shards)
             # What other processes are at is left for last, so that each finds work of its own.
-            first = pool.map(partial(job, wait=False), shards)
-            return [done or job(shard, wait=True) for shard, done in zip(shards, list(first), strict=True)]
+            for wait in (False, True):
+                missing = [i for i, found in enumerate(packed) if found is None]
+                for i, found in zip(
+                    missing, pool.map(partial(job, wait=wait), [shards[i] for i in missing]), strict=True
+                ):
+                    packed[i] = found
+        return [found for found in packed if found is not None]
     except ShardError:
         raise
     except OSError as error:
@@ -151,7 +157,7 @@ def _fingerprint(shard: Shard, seq_len: int, boundaries: _core.Boundaries, eot: 
     table = known.get("documents") if boundaries == _core.Boundaries.INDEX else None
     for name, value in [*known.items(), *(table or {}).items()]:
         if name not in ("name", "path", "checksums", "documents"):
-            parts += [name, hashlib.sha256(value).hexdigest() if isinstance(value, np.ndarray) else value]
+            parts += [name, hashlib.sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else value]
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=16)
     for path in [known["path"], *([table["path"]] if table else [])]:
         for sample in _samples(path):

@@ -1,5 +1,6 @@
 """Packed rows: which pieces stand in which row, the sidecar that lists them, and the rows that are drawn."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -328,6 +329,36 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, cache):
         _core.pack_shard(shard.for_core(), 8, AFTER, EOT, b"x" * 16, full.fileno(), "/cache/a")
 
 
+@pytest.mark.parametrize("boundaries", [AFTER, INDEX], ids=lambda b: b.name)
+@pytest.mark.parametrize("call", ["open", "read", "write"])
+def test_a_build_meets_every_failure_of_the_system(tmp_path, cache, boundaries, call):
+    """Short and interrupted calls change nothing; others name the file and leave nothing behind."""
+    shard = write_documents(tmp_path / "a.bin", [30, 5, 12] * 40, boundaries)
+    seen = {"open": "cannot open", "read": "cannot read", "write": "cannot write"}[call]
+
+    def build():
+        return rows_of(pack_rows([shard], 8, boundaries=boundaries, eot=EOT)[0].path)
+
+    _core._fail_io(call, nth=1 << 40)
+    expected = build()
+    calls = _core._heal_io()
+    assert calls
+    for fault in ({"is_short": True}, {"error": errno.EINTR}, {"error": errno.EIO}):
+        for nth in range(1, calls + 1):
+            for sidecar in cache.iterdir():
+                sidecar.unlink()
+            _core._fail_io(call, nth=nth, **fault)
+            try:
+                assert build() == expected
+            except ShardError as error:
+                assert fault == {"error": errno.EIO}
+                assert seen in str(error)
+                assert not list(cache.glob("*.tmp"))
+            finally:
+                _core._heal_io()
+    assert build() == expected
+
+
 def test_the_cache_folder_is_given_or_in_the_environment_or_at_home(monkeypatch):
     monkeypatch.setenv("MIXLOADER_CACHE", "/somewhere")
     assert (cache_folder("/here"), cache_folder()) == (Path("/here"), Path("/somewhere"))
@@ -457,7 +488,11 @@ def test_a_sidecar_damaged_or_swapped_under_a_reader_is_an_error(tmp_path, cache
         list(stream([for_core(shard, packed)], 29, 1, 1))
 
 
-@pytest.mark.parametrize("options", [{"shared": True}, {"targets": UINT16}], ids=["shared", "uint16"])
+@pytest.mark.parametrize(
+    "options",
+    [{"shared": True}, {"targets": UINT16}, {"inputs": UINT16, "eot": 1 << 16}],
+    ids=["shared", "uint16", "eot"],
+)
 def test_formats_that_cannot_hold_packed_rows_are_refused(tmp_path, cache, options):
     shard = write_documents(tmp_path / "a.bin", [30] * 4)
     [packed] = pack_rows([shard], 29, boundaries=AFTER, eot=EOT)
