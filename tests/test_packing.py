@@ -177,6 +177,20 @@ def test_extents_are_packed_as_one_run_would_be(tmp_path, cache):
     assert len({p.path for p in packed}) == 3
 
 
+def test_extents_that_are_documents_are_packed(tmp_path, cache, monkeypatch):
+    lengths = [10, 3, 25, 1, 8]
+    shard = write_documents(tmp_path / "a.bin", lengths)
+    ends = np.cumsum(lengths).astype(np.uint64)
+    known = shard.for_core() | {
+        "extent_ends": ends,
+        "extent_bytes": 2 * (ends - np.array(lengths, dtype=np.uint64)),
+        "extents_are_documents": True,
+    }
+    monkeypatch.setattr(Shard, "for_core", lambda self: known)
+    [packed] = pack_rows([shard], 8, boundaries=INDEX)
+    assert rows_of(packed.path) == packed_by_reference(lengths, 8)
+
+
 def test_a_shard_of_lone_tokens_has_no_rows(tmp_path, cache):
     [packed] = pack_rows([write_documents(tmp_path / "a.bin", [1] * 50)], 8, boundaries=AFTER, eot=EOT)
     assert (packed.rows, packed.targets) == (0, 0)
