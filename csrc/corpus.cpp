@@ -263,18 +263,16 @@ void Corpus::read_row(const Row& row, const RowBuffers& buffers,
 void Corpus::read_packed_row(const Row& row, const RowBuffers& buffers,
                              Workspace& workspace) const {
   const Shard& shard = *row.open.shard;
-  const Largest largest = kernels_[std::countr_zero(shard.width)].largest;
   const auto read = [&](std::uint64_t token, std::uint64_t count) {
     read_tokens(row.open, token, count, workspace);
-    const std::byte* ids = workspace.tokens.data();
-    if (largest(ids, count) >= id_end(shard)) {
-      throw_token_error(shard, token, workspace);
-    }
-    return ids;
+    return workspace.tokens.data();
+  };
+  const auto check = [&](std::uint64_t token, std::uint64_t largest) {
+    if (largest >= id_end(shard)) throw_token_error(shard, token, workspace);
   };
   read_pieces(shard, row.open.number, row.place.window, workspace.pieces);
   write_packed_row(workspace.pieces, options_.seq_len, shard.width,
-                   options_.format, read, buffers);
+                   options_.format, read, check, buffers);
 }
 
 // Tokens [first, first + count) of a shard to workspace.tokens, as they are.

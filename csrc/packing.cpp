@@ -157,7 +157,8 @@ void check_packable(const RowFormat& format) {
 
 void write_packed_row(std::span<const Piece> pieces, std::uint64_t seq_len,
                       std::size_t width, const RowFormat& format,
-                      const ReadIds& read, const RowBuffers& row) {
+                      const ReadIds& read, const CheckIds& check,
+                      const RowBuffers& row) {
   const auto widen_inputs = widen_from(width, format.inputs);
   const auto widen_targets = widen_from(width, format.targets);
   std::vector<std::uint64_t> starts;
@@ -165,9 +166,12 @@ void write_packed_row(std::span<const Piece> pieces, std::uint64_t seq_len,
   for (const Piece& piece : pieces) {
     const std::uint64_t slots = piece.tokens - 1;
     const std::byte* ids = read(piece.token, piece.tokens);
-    widen_inputs(ids, slots, row.inputs + slot * width_of(format.inputs));
-    widen_targets(ids + width, slots,
-                  row.targets + slot * width_of(format.targets));
+    check(
+        piece.token,
+        std::max(widen_inputs(ids, slots,
+                              row.inputs + slot * width_of(format.inputs)),
+                 widen_targets(ids + width, slots,
+                               row.targets + slot * width_of(format.targets))));
     slot += slots;
     if (slot < seq_len) starts.push_back(slot);
   }

@@ -91,16 +91,20 @@ class PackedRows {
 // Throws std::invalid_argument for a format that packed rows cannot have.
 void check_packable(const RowFormat& format);
 
-// The ids of tokens [token, token + count) of a shard, as they lie on disk,
-// checked; they stay until the next call.
+// The ids of tokens [token, token + count) of a shard, as they lie on disk;
+// they stay until the next call.
 using ReadIds =
     std::function<const std::byte*(std::uint64_t token, std::uint64_t count)>;
+// Throws if the largest of the ids last read, from `token` on, is none.
+using CheckIds =
+    std::function<void(std::uint64_t token, std::uint64_t largest)>;
 
 // Writes one row from ids of `width` bytes: the pieces in order, positions from
 // 0 in each, documents numbered by piece. Slots that remain are a document of
 // their own: inputs format.eot, targets kMaskedTarget.
 void write_packed_row(std::span<const Piece> pieces, std::uint64_t seq_len,
                       std::size_t width, const RowFormat& format,
-                      const ReadIds& read, const RowBuffers& row);
+                      const ReadIds& read, const CheckIds& check,
+                      const RowBuffers& row);
 
 }  // namespace mixloader

@@ -49,8 +49,9 @@ def pack_rows(
     boundaries: INDEX, AFTER_EOT or AT_EOT: where documents begin; eot: the end-of-text token of the latter two.
     cache_dir: by default $MIXLOADER_CACHE, else ~/.cache/mixloader. threads: by default one a core.
     A sidecar is named by what was packed and how, so it serves every data set with that shard, and a shard
-    with other content gets another one. Processes of one machine that ask for the same shards share the
-    work. A killed build leaves whole sidecars and is gone on with by the next call.
+    with other content gets another one (content is judged by size and samples: remove the sidecars after
+    a few tokens of a large shard were changed in place). Processes of one machine that ask for the same
+    shards share the work. A killed build leaves whole sidecars and is gone on with by the next call.
     Raises ManifestError for shards that cannot be packed, ShardError for those that cannot be read.
     """
     if seq_len < 1:
@@ -93,7 +94,7 @@ def _check(shard: Shard, boundaries: _core.Boundaries) -> None:
             f"shard {known['name']} is remote or compressed, and rows are packed from files on this machine; "
             "fetch it first, or draw windows"
         )
-    if boundaries == _core.Boundaries.INDEX and "documents" not in known:
+    if boundaries == _core.Boundaries.INDEX and not (known.get("documents") or known.get("extents_are_documents")):
         raise ManifestError(
             f"shard {known['name']} has no index of its documents; pack it by its end-of-text token instead"
         )
