@@ -184,20 +184,20 @@ void File::use(std::uint64_t offset, std::uint64_t size, void (*work)(void*),
 bool File::reaches(std::uint64_t end) const {
   const std::uint64_t next_page =
       (end + page_size() - 1) / page_size() * page_size();
-  if (next_page < size_) {  // still there: so is what lies before
-    return survives(
-        {map_, size_},
-        [](void* byte) {
-          static_cast<void>(*static_cast<const volatile std::byte*>(byte));
-        },
-        const_cast<std::byte*>(map_ + next_page));
+  const auto touch = [](void* byte) {
+    static_cast<void>(*static_cast<const volatile std::byte*>(byte));
+  };
+  const bool is_last = next_page >= size_;
+  if (!is_last && survives({map_, size_}, touch,
+                           const_cast<std::byte*>(map_ + next_page))) {
+    return true;  // the next page is there: so is what lies before
   }
   struct stat status{};
-  if (faults::fails(Call::kStat) || ::stat(path_.c_str(), &status) != 0) {
-    return true;  // renamed or removed, and not cut as far as one can tell
+  if (faults::fails(Call::kStat) || ::stat(path_.c_str(), &status) != 0 ||
+      status.st_dev != device_ || status.st_ino != inode_) {
+    return is_last;  // it has no name now, so its last page is not in doubt
   }
-  const bool is_same = status.st_dev == device_ && status.st_ino == inode_;
-  return !is_same || static_cast<std::uint64_t>(status.st_size) >= end;
+  return static_cast<std::uint64_t>(status.st_size) >= end;
 }
 
 namespace {

@@ -3,9 +3,15 @@
 #include <algorithm>
 
 namespace mixloader {
+namespace {
 
-OpenFiles::OpenFiles(std::size_t numbers, std::size_t limit)
-    : slots_(numbers), limit_(std::max<std::size_t>(limit, 1)) {}
+// After this many were opened, one more is kept, if there once were too many.
+constexpr std::uint64_t kRecovery = 16;
+
+}  // namespace
+
+OpenFiles::OpenFiles(std::size_t numbers, std::size_t most)
+    : slots_(numbers), most_(std::max<std::size_t>(most, 1)), limit_(most_) {}
 
 std::size_t OpenFiles::size() const {
   const std::lock_guard lock(mutex_);
@@ -19,6 +25,7 @@ OpenFiles::Slot* OpenFiles::put(std::size_t number,
   Slot& slot = slots_[number];
   // Another thread was faster, or what was closed here is still in use.
   if (slot.object != nullptr) return nullptr;
+  if (++opened_ % kRecovery == 0) limit_ = std::min(limit_ + 1, most_);
   evict_to(limit_ - 1, closed);
   if (clock_.size() >= limit_) return nullptr;
   clock_.push_back(number);

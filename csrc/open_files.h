@@ -53,8 +53,8 @@ class OpenFiles {
     const T* object_ = nullptr;
   };
 
-  // Numbers below `numbers`; at most `limit` open at a time (and those in use).
-  OpenFiles(std::size_t numbers, std::size_t limit);
+  // Numbers below `numbers`; at most `most` open at a time (and those in use).
+  OpenFiles(std::size_t numbers, std::size_t most);
 
   // Object `number`. If it is not open, open() makes it, a shared_ptr<const T>;
   // if open() throws TooManyFiles, others are closed and it is tried again.
@@ -124,7 +124,9 @@ class OpenFiles {
 
   std::vector<Slot> slots_;
   mutable std::mutex mutex_;
-  std::size_t limit_;
+  const std::size_t most_;
+  std::size_t limit_;               // halved when there was none left to open
+  std::uint64_t opened_ = 0;        // so far
   std::vector<std::size_t> clock_;  // numbers of open slots
   std::size_t hand_ = 0;
 };

@@ -297,7 +297,7 @@ def test_block_sizes_that_are_no_power_of_two_are_refused(tmp_path, size):
 
 def test_no_sidecar(tmp_path):
     shard = written(tmp_path / "shard", np.arange(11, dtype="u2"), checksums=str(tmp_path / "sums"))
-    with pytest.raises(ShardError, match="cannot open checksums .*sums: No such file"):
+    with pytest.raises(ShardError, match=r"cannot open checksums .*sums: No such file"):
         read([shard], 10)
     (tmp_path / "sums").write_bytes(b"short")
     with pytest.raises(ShardError, match="sums is damaged, or no sidecar of checksums"):

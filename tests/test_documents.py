@@ -211,7 +211,7 @@ def test_a_table_that_is_missing_or_too_short(tmp_path):
     with pytest.raises(ShardError, match="table has 23 bytes, but its 3 documents need 24"):
         read([shard], 100, boundaries=Boundaries.INDEX)
     (tmp_path / "table").unlink()
-    with pytest.raises(ShardError, match="cannot open index of documents .*table: No such file"):
+    with pytest.raises(ShardError, match=r"cannot open index of documents .*table: No such file"):
         read([shard], 100, boundaries=Boundaries.INDEX)
 
 
