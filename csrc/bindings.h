@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
+#include "corpus.h"
 #include "order.h"
 
 namespace mixloader {
@@ -14,6 +17,11 @@ namespace py = pybind11;
 void bind_plan(py::module_& m);
 // Checksums and what tests need of files: bindings_files.cpp.
 void bind_files(py::module_& m);
+// Domains and shards: bindings_corpus.cpp. make_corpus takes a list of (key,
+// shards), which must live as long as the Corpus.
+void bind_corpus(py::module_& m);
+std::unique_ptr<const Corpus> make_corpus(const py::object& domains,
+                                          CorpusOptions options);
 // The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
 
