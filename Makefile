@@ -35,11 +35,11 @@ $(PEERS)/.ready: bench/peers.txt
 # The stream tests under a sanitizer, with the extension rebuilt in place; `make clean` afterwards.
 asan: $(READY)
 	CFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --inplace --force
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -q tests/test_plan.py tests/test_loader.py
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -q tests/test_plan.py tests/test_streamer.py tests/test_loader.py
 
 tsan: $(READY)
 	CFLAGS="-g -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(RUN) setup.py -q build_ext --inplace --force
-	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66 $(RUN) -m pytest -q tests/test_loader.py
+	LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" TSAN_OPTIONS=exitcode=66 $(RUN) -m pytest -q tests/test_streamer.py tests/test_loader.py
 
 clean:
 	rm -rf build mixloader/_core.*.so *.egg-info $(READY)

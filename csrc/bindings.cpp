@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_plan(m);
   bind_files(m);
+  bind_corpus(m);
   bind_packing(m);
   bind_streamer(m);
 }

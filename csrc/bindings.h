@@ -4,8 +4,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
+#include "corpus.h"
 #include "order.h"
-#include "shard.h"
 
 namespace mixloader {
 
@@ -15,13 +17,16 @@ namespace py = pybind11;
 void bind_plan(py::module_& m);
 // Checksums and what tests need of files: bindings_files.cpp.
 void bind_files(py::module_& m);
+// Domains and shards: bindings_corpus.cpp. make_corpus takes a list of (key,
+// shards), which must live as long as the Corpus.
+void bind_corpus(py::module_& m);
+Shard to_shard(const py::dict& dict);
+std::unique_ptr<const Corpus> make_corpus(const py::object& domains,
+                                          CorpusOptions options);
 // Packed rows: bindings_packing.cpp.
 void bind_packing(py::module_& m);
 // The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
-
-// From a dict of Shard's fields; those it does not have keep their defaults.
-Shard to_shard(const py::dict& dict);
 
 inline Shuffle to_shuffle(bool shuffle, std::uint64_t shuffle_shards) {
   return {!shuffle         ? Shuffle::Kind::kNone

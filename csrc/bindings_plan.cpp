@@ -15,7 +15,6 @@
 #include "philox.h"
 #include "planner.h"
 
-
 namespace mixloader {
 namespace {
 

@@ -1,4 +1,4 @@
-// Errors of the core. bindings.cpp turns each into the Python exception of the
+// Errors of the core. The module turns each into the Python exception of the
 // same name.
 #pragma once
 

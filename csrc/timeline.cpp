@@ -100,9 +100,11 @@ void Timeline::set_weights(std::vector<std::int64_t> units,
                        " has begun; weights can change from step " +
                        std::to_string(first_open_step()) + " on");
   }
-  forget_plans_from(step);
+  // What may fail for want of memory comes first, here and below.
   weights_.insert_or_assign(
-      step, Weights{++version_, shared_units(std::move(units))});
+      step, Weights{version_ + 1, shared_units(std::move(units))});
+  ++version_;
+  forget_plans_from(step);
 }
 
 void Timeline::skip(std::uint64_t n) {
@@ -112,15 +114,16 @@ void Timeline::skip(std::uint64_t n) {
                      std::to_string(layout_.micro_batches) +
                      " micro-batches were drawn; draw the others first");
   }
-  forget_plans_from(step_);
-  PlanState state = *unplanned_;
+  PlanState state = *here();
   const std::uint64_t rows = layout_.step_rows();
   for (std::uint64_t i = 0; i < n; ++i) {
     const auto& units = *weights_in_force(state.step).units;
     if (!plan_step(seed_, rows, units, rules_, state)) break;
   }
-  step_ = state.step;
-  unplanned_ = std::make_shared<const PlanState>(std::move(state));
+  auto there = std::make_shared<const PlanState>(std::move(state));
+  forget_plans_from(step_);
+  step_ = there->step;
+  unplanned_ = std::move(there);
   forget_past_weights();
 }
 
@@ -139,12 +142,13 @@ void Timeline::load_state(StreamState state) {
         " rows over all ranks; resume with the layout of the run that saved "
         "it, or save between steps");
   }
+  auto there = std::make_shared<const PlanState>(std::move(state.plan));
   forget_plans_from(0);
-  step_ = state.plan.step;
+  step_ = there->step;
   micro_batch_ = state.rows / rows;
   version_ = state.version;
   weights_ = std::move(state.weights);
-  unplanned_ = std::make_shared<const PlanState>(std::move(state.plan));
+  unplanned_ = std::move(there);
 }
 
 const Weights& Timeline::weights_in_force(std::uint64_t step) const {

@@ -43,16 +43,9 @@ class Stream:
             for size in sizes:
                 number = next(numbers)
                 path = "" if number in fetched else paths[number]
-                shards.append(
-                    {
-                        "name": paths[number],
-                        "path": path,
-                        "offset": 1024,
-                        "tokens": size,
-                        "width": 4,
-                        "windows": (size - 1) // SEQ_LEN,
-                    }  # fmt: skip
-                )
+                windows = (size - 1) // SEQ_LEN
+                place = {"name": paths[number], "path": path, "offset": 1024}
+                shards.append({**place, "tokens": size, "width": 4, "windows": windows})
             domains.append((domain_key(name), shards))
         options = {"micro_batches": 1, "world_size": 1, "rank": 0, "seed": 5, **options}
         self.core = _core.Streamer(
@@ -302,13 +295,17 @@ def test_a_shard_that_cannot_be_fetched_raises_at_its_batch_and_is_asked_for_aga
         with fetcher(stream.core, answer):
             for _ in range(2):
                 assert stream.next()[1] == [position(row) for row in expected.next_step()]
-            while True:  # threads ask again when a later batch is read, too
+            errors = []
+            while True:
                 try:
                     drawn, rows = stream.next()
                     break
                 except ShardError as error:
-                    assert "the store says" in str(error)
+                    errors.append(str(error))
             assert (drawn[0], rows) == (2, [position(row) for row in expected.next_step()])
+            # Threads that read ahead ask for it, too: one failure may belong to a later batch.
+            assert errors
+            assert set(errors) <= {"the store says 503", "the store says 404"}
             assert next(failures, None) is None
 
 
