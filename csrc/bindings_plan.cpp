@@ -142,14 +142,7 @@ class Planner {
     PlanState state{dict["step"].cast<std::uint64_t>(),
                     dict["cursors"].cast<Counts>(),
                     dict["residuals"].cast<std::vector<std::int64_t>>()};
-    if (state.cursors.size() != orders_.size() ||
-        state.residuals.size() != orders_.size()) {
-      throw StateError("the state has " + std::to_string(state.cursors.size()) +
-                       " cursors and " +
-                       std::to_string(state.residuals.size()) +
-                       " residuals, but the plan has " +
-                       std::to_string(orders_.size()) + " domains");
-    }
+    check_state(state, orders_.size());
     state_ = std::move(state);
   }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "error.h"
 #include "philox.h"
 
 namespace mixloader {
@@ -15,6 +16,10 @@ namespace {
 enum Purpose : std::uint32_t { kDither = 1, kOrder = 2, kChance = 3 };
 
 using Units = std::vector<std::int64_t>;
+
+// More than domains can be owed in all, with room for a step's quotas: a
+// multinomial stream is not this far off by chance within 2^60 rows.
+constexpr std::int64_t kMostOwed = std::int64_t{1} << 61;
 
 // A domain that may be drawn, with the rows it is owed plus its dither.
 struct Claim {
@@ -335,6 +340,26 @@ std::optional<std::vector<PlannedRow>> plan_step(
   state.residuals = std::move(step->residuals);
   ++state.step;
   return planned;
+}
+
+void check_state(const PlanState& state, std::size_t domains) {
+  if (state.cursors.size() != domains || state.residuals.size() != domains) {
+    throw StateError("the state has " + std::to_string(state.cursors.size()) +
+                     " cursors and " + std::to_string(state.residuals.size()) +
+                     " residuals, but the stream has " +
+                     std::to_string(domains) + " domains");
+  }
+  std::int64_t sum = 0, owed = 0;
+  for (const std::int64_t residual : state.residuals) {
+    sum += std::clamp(residual, -kMostOwed, kMostOwed);
+    owed += std::clamp<std::int64_t>(residual, 0, kMostOwed);
+    if (owed >= kMostOwed || sum <= -kMostOwed) break;
+  }
+  if (sum != 0 || owed >= kMostOwed) {
+    throw StateError(
+        "the residuals of the state do not sum to zero, or are larger than "
+        "those of any stream; it is damaged");
+  }
 }
 
 std::vector<std::int64_t> effective_units(

@@ -4,6 +4,7 @@
 // its specification.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -66,6 +67,9 @@ struct PlannedRow {
 std::optional<std::vector<PlannedRow>> plan_step(
     std::uint64_t seed, std::uint64_t rows, std::span<const std::int64_t> units,
     const PlanRules& rules, PlanState& state);
+
+// Throws StateError for a state that no stream over so many domains can be in.
+void check_state(const PlanState& state, std::size_t domains);
 
 // The weights that a step at these cursors begins with: `units`, or, where
 // domains are at their limits and the others take their rows, these in

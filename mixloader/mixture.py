@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mixloader._core import quantize as quantize  # reference.quantize, fast
 from mixloader.errors import WeightsError
 
 WEIGHT_ONE = 1 << 30
@@ -30,9 +31,11 @@ def as_weights(weights: Weights, names: Sequence[str]) -> np.ndarray:
     Returns float64 [D]. Raises WeightsError and changes nothing otherwise.
     """
     if isinstance(weights, Mapping):
-        unknown = sorted(set(weights) - set(names))
+        unknown = weights.keys() - set(names)
         if unknown:
-            raise WeightsError(f"unknown domain {unknown[0]!r} in weights; the domains are {', '.join(names)}")
+            raise WeightsError(
+                f"unknown domain {min(unknown, key=str)!r} in weights; the domains are {', '.join(names)}"
+            )
         weights = [weights.get(name, 0.0) for name in names]
     try:
         w = np.asarray(weights, dtype=np.float64)
@@ -40,29 +43,58 @@ def as_weights(weights: Weights, names: Sequence[str]) -> np.ndarray:
         raise WeightsError(f"weights must be numbers, one a domain, but got {weights!r}") from error
     if w.shape != (len(names),):
         raise WeightsError(f"weights have shape {list(w.shape)}; expected [{len(names)}], one for each domain")
-    unusable = ~(np.isfinite(w) & (w >= 0))
-    if unusable.any():
-        domain = int(unusable.argmax())
-        raise WeightsError(f"the weight of domain {names[domain]!r} is {w[domain]}; expected a finite number >= 0")
-    if not w.any():
-        raise WeightsError("all weights are zero; at least one domain needs a weight above zero")
+    if not (w.size and w.min() >= 0 and 0 < w.max() < np.inf):  # NaN fails the first
+        _refuse(w, names)
     return w
 
 
-def quantize(weights: np.ndarray) -> np.ndarray:
-    """Normalise float64 [D] to int64 [D] that sum to WEIGHT_ONE, by largest remainder.
+def _refuse(weights: np.ndarray, names: Sequence[str]) -> None:
+    unusable = ~(np.isfinite(weights) & (weights >= 0))
+    if unusable.any():
+        domain = int(unusable.argmax())
+        raise WeightsError(
+            f"the weight of domain {names[domain]!r} is {weights[domain]}; expected a finite number >= 0"
+        )
+    raise WeightsError("all weights are zero; at least one domain needs a weight above zero")
 
-    Equal remainders go to the lower index. A positive weight may round to zero, never the reverse.
+
+def grouped(
+    group_weights: Mapping[str, float],
+    names: Sequence[str],
+    groups: Sequence[str | None],
+    within: Weights | None = None,
+) -> np.ndarray:
+    """Weights of domains from weights of groups: that of the group times the domain's share of its group.
+
+    group_weights: by group; absent groups get zero. names, groups: one a domain, as in a DomainTable; a
+        domain without a group (None) is one of its own, under its name.
+    within: as for as_weights, in proportion to which the domains of a group share its weight, for
+        example a DomainTable's prior; by default alike.
+    Returns float64 [D] that sum to 1. Raises WeightsError for weights that are none, an unknown group,
+    a group with a weight whose domains have none, and a group with the name of a domain that has none.
     """
-    # Integers from here on: with weights of at most 2^33 every product below fits 64 bits, the sum of
-    # the parts cannot pass WEIGHT_ONE, and as_fractions(units) comes back as the same units.
-    parts = np.rint(np.asarray(weights, dtype=np.float64) / np.max(weights) * 2.0**33).astype(np.uint64)
-    scaled, total = parts * np.uint64(WEIGHT_ONE), parts.sum()
-    units = (scaled // total).astype(np.int64)
-    missing = WEIGHT_ONE - int(units.sum())
-    by_remainder = np.argsort(total - scaled % total, kind="stable")
-    units[by_remainder[:missing]] += 1
-    return units
+    own = [name if group is None else group for name, group in zip(names, groups, strict=True)]
+    clash = {name for name, group in zip(names, groups, strict=True) if group is None}.intersection(
+        group for group in groups if group is not None
+    )
+    if clash:
+        raise WeightsError(f"{min(clash)!r} is both a group and a domain without one; give that domain a group")
+    members = list(dict.fromkeys(own))
+    unknown = group_weights.keys() - set(members)
+    if unknown:
+        raise WeightsError(f"unknown group {min(unknown, key=str)!r} in weights; the groups are {', '.join(members)}")
+    weights = as_weights(group_weights, members)
+    group_of = np.array([members.index(group) for group in own])
+    share = np.ones(len(names)) if within is None else as_weights(within, names)
+    weights, share = weights / weights.max(), share / share.max()
+    totals = np.bincount(group_of, weights=share, minlength=len(members))
+    starved = (totals == 0) & (weights > 0)
+    if starved.any():
+        raise WeightsError(
+            f"group {members[int(starved.argmax())]!r} has a weight, but none of its domains has one within it"
+        )
+    shared = share / np.where(totals > 0, totals, 1)[group_of]
+    return weights[group_of] / weights.sum() * shared
 
 
 def as_fractions(units: Sequence[int] | np.ndarray) -> np.ndarray:

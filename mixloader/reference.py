@@ -216,12 +216,10 @@ class ReferenceStream:
     def _by_quota(self) -> list[int]:
         part = self._begin()
         self._add_quotas(self.rows, part)
+        dither = [self._word(_DITHER, d) >> 2 for d in range(len(part))]
         counts = [0] * len(part)
         while sum(counts) < self.rows:
-            drawn = max(
-                (d for d in range(len(part)) if part[d]),
-                key=lambda d: (self.residuals[d] + (self._word(_DITHER, d) >> 2), -d),
-            )
+            drawn = max((d for d in range(len(part)) if part[d]), key=lambda d: (self.residuals[d] + dither[d], -d))
             if self._left(drawn) == counts[drawn]:
                 self._close([drawn], part)
             else:
