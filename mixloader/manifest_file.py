@@ -264,7 +264,8 @@ class Reader:
             first, count = (self.take(entry, key, int, where) for key in ("first", "count"))
             table = self.table(first, count, where)
             assert isinstance(table, np.memmap)
-            return Documents(str(table.filename), int(table.offset), count)
+            # A slice of a memmap says the offset of the whole.
+            return Documents(str(table.filename), int(table.offset) + 8 * first, count)
         numbers = {key: self.take(entry, key, int, where) for key in ("offset", "count", "width", "bias", "unit")}
         path = self.place(self.take(entry, "path", str, where), where)
         if numbers["width"] not in (4, 8) or not numbers["unit"]:
