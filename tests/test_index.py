@@ -68,12 +68,9 @@ def test_damaged_bytes_are_found_on_the_way_to_a_batch_and_by_verify(data):
     content = bytearray(victim.read_bytes())
     content[100] ^= 1
     victim.write_bytes(content)
-    with (
-        MixLoader(data, 4, 16, weights={name: float(name == "raw") for name in names}) as loader,
-        pytest.raises(ShardError, match=r"raw/a\.bin"),
-    ):
-        for _ in range(30):
-            next(loader)
+    weights = {name: float(name == "raw") for name in names}
+    with MixLoader(data, 4, 16, weights=weights) as loader, pytest.raises(ShardError, match=r"raw/a\.bin"):
+        list(zip(range(30), loader, strict=False))
     (message,), orphans = verify(data)
     assert "raw/a.bin has sha256" in message
     assert not orphans
@@ -94,7 +91,11 @@ def test_verify_goes_on_after_what_it_finds_and_lists_what_is_not_named(data, ca
     (data / ".manifest.json.tmp").write_text("{")
     damaged, orphans = verify(data / "manifest.json")
     assert len(damaged) == 3
-    for name, word in (("llmc/a.bin", "does not exist"), ("raw/a.bin", "has 2 bytes"), ("datatrove/a.ds", "has sha256")):
+    for name, word in (
+        ("llmc/a.bin", "does not exist"),
+        ("raw/a.bin", "has 2 bytes"),
+        ("datatrove/a.ds", "has sha256"),
+    ):
         assert any(name in message and word in message for message in damaged)
     assert orphans == [str(data / ".manifest.json.tmp"), str(data / "raw" / "new.bin")]
     assert main(["verify", str(data)]) == 1
@@ -129,7 +130,9 @@ def test_the_end_of_each_domain_is_held_out(data):
         assert held_out.tokens == 60 if domain.name != "mds" else held_out.tokens >= 60
         train = np.concatenate([read_tokens(shard) for shard in domain.shards])
         assert [*train.tolist(), *read_tokens(held_out).tolist()] == TOKENS.tolist()
-    with pytest.raises(ManifestError, match=r"'datatrove' has 369 tokens in its last shard, .*; 369 cannot be held out"):
+    with pytest.raises(
+        ManifestError, match=r"'datatrove' has 369 tokens in its last shard, .*; 369 cannot be held out"
+    ):
         write_index(data, domains(data), validation_tokens=len(TOKENS))
     assert len(Manifest.open(data).domains[0].validation) == 1
 
