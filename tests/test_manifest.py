@@ -258,7 +258,7 @@ BAD_DETAILS = [
     ({"documents": {"path": "x"}}, "offset in manifest .* is None"),
     ({"documents": {"path": "../x", "offset": 0, "count": 1, "width": 8, "bias": 0, "unit": 1}}, "lies outside"),
     ({"documents": {"path": "x", "offset": 0, "count": 1, "width": 8, "bias": 0, "unit": 1}}, "x does not exist"),
-    ({"documents": {"path": "web/val_000.bin", "offset": 0, "count": 200, "width": 8, "bias": 0, "unit": 1}}, "1424 bytes"),
+    ({"documents": {"path": "web/val_000.bin", "offset": 0, "count": 200, "width": 8, "bias": 0, "unit": 1}}, "1424 b"),
     ({"documents": {"path": "x", "offset": 0, "count": 1, "width": 3, "bias": 0, "unit": 1}}, "it is damaged"),
     ({"checksums": "/etc/passwd"}, "lies outside"),
     ({"checksums": 5}, "checksums in manifest .* is 5; expected a string"),
