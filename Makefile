@@ -4,14 +4,19 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 PEERS ?= .venv-peers
+MDS ?= .venv-mds
 
-.PHONY: demo test lint format bench peers asan tsan clean
+.PHONY: demo test mds lint format bench peers asan tsan clean
 
 demo: $(READY)
 	$(RUN) -m mixloader demo $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest -q $(ARGS)
+
+# Against mosaicml-streaming, which wants an older numpy and transformers than .venv has.
+mds: $(MDS)/.ready
+	$(MDS)/bin/python -m pytest -q tests/mds $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
@@ -44,9 +49,19 @@ tsan: $(READY)
 clean:
 	rm -rf build mixloader/_core.*.so *.egg-info $(READY)
 
-# torch comes first and pinned: left to the other requirements, pip may fetch a CUDA build of several gigabytes.
+# torch comes first and pinned: left to the other requirements, pip may fetch a CUDA build of several gigabytes. The
+# writers without theirs: litData asks for torchvision, which beside a CPU-only torch keeps transformers from importing.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch setuptools pybind11
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,plot,dev]"
+	$(RUN) -m pip install -q -c constraints.txt --no-deps litdata megatron-core
+	touch $@
+
+# Without the constraints on what mosaicml-streaming pins itself.
+$(MDS)/.ready: pyproject.toml constraints.txt $(READY)
+	test -x $(MDS)/bin/python || $(PYTHON) -m venv $(MDS)
+	grep -vE "^(numpy|numba|scipy|matplotlib|tokenizers|transformers)==" constraints.txt > $(MDS)/constraints.txt
+	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt torch setuptools pybind11
+	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt --no-build-isolation -e ".[mds]" pytest hypothesis zstandard
 	touch $@

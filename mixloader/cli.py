@@ -34,7 +34,7 @@ USAGE = """usage: python -m mixloader VERB ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns its exit code: 0, 1 if verify found damage, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    """Run one verb. Returns its exit code: 0, 1 for damage found, 2 for a mistake in what was asked, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in ("-h", "--help"):
@@ -119,13 +119,17 @@ def index_verb(argv: Sequence[str]) -> int:
     )
     parser.add_argument("out", type=Path, help="the manifest: a .json file, or a folder for its manifest.json")
     parser.add_argument("domains", nargs="+", metavar="name=path", help="a domain and its shards: file, folder or URL")
-    parser.add_argument("--target", action="append", default=[], metavar="name", help="a domain to learn; the rest is source")
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="name", help="a domain to learn; the rest is source"
+    )
     parser.add_argument("--format", help="of the shards; by default it is told by name and content")
     parser.add_argument("--dtype", help="of tokens in files that do not say it; default uint16")
     parser.add_argument("--column", help="of MDS samples: the one with the tokens, if several might be")
     parser.add_argument("--checksums", action="store_true", help="SHA-256 of every file, for verify")
     parser.add_argument("--blocks", action="store_true", help="checksums of blocks, for every read")
-    parser.add_argument("--validation_tokens", type=int, default=0, metavar="N", help="tokens to hold out of each domain")
+    parser.add_argument(
+        "--validation_tokens", type=int, default=0, metavar="N", help="tokens to hold out of each domain"
+    )
     parser.add_argument("--eot", type=int, help="id of the end-of-text token; counts documents")
     parser.add_argument("--vocab_size", type=int, help="ids are below it; every token is checked")
     args = parser.parse_args(argv)
@@ -157,7 +161,9 @@ def index_verb(argv: Sequence[str]) -> int:
 def verify_verb(argv: Sequence[str]) -> int:
     parser = _parser("verify", "Compare sizes, digests and block checksums of a manifest's shards with their files.")
     parser.add_argument("manifest", type=Path, help="a manifest.json, or its folder")
-    parser.add_argument("--root", action="append", default=[], metavar="PATH", help="a folder or URL that shards may lie in")
+    parser.add_argument(
+        "--root", action="append", default=[], metavar="PATH", help="a folder or URL that shards may lie in"
+    )
     args = parser.parse_args(argv)
     from mixloader.index import verify
 

@@ -108,7 +108,7 @@ def write_index(
 
 
 def hold_out(domain: Domain, tokens: int) -> Domain:
-    """A domain that holds out the last `tokens` of its last shard, or more to keep extents whole; if it has none yet."""
+    """A domain that holds out the last `tokens` of its last shard, or more to keep extents whole."""
     if domain.validation:
         return domain
     last = domain.shards[-1]

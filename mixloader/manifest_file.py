@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -179,7 +179,7 @@ class Reader:
         )
 
     def shard(self, entry: Any, where: Any) -> Shard:
-        # Of ten thousand shards nearly all are as plain as _entry writes them; taking value by value takes thrice as long.
+        # Nearly all of ten thousand shards are as plain as _entry writes them; value by value takes thrice as long.
         if type(entry) is dict and (*entry,) == _PLAIN and (*map(type, entry.values()),) in _PLAIN_TYPES:
             name, format, dtype, offset, tokens, size, digest = entry.values()
             rest: dict[str, Any] = {}
@@ -264,7 +264,8 @@ class Reader:
             first, count = (self.take(entry, key, int, where) for key in ("first", "count"))
             table = self.table(first, count, where)
             assert isinstance(table, np.memmap)
-            return Documents(str(table.filename), int(table.offset), count)
+            # A slice of a memmap says the offset of the whole.
+            return Documents(str(table.filename), int(table.offset) + 8 * first, count)
         numbers = {key: self.take(entry, key, int, where) for key in ("offset", "count", "width", "bias", "unit")}
         path = self.place(self.take(entry, "path", str, where), where)
         if numbers["width"] not in (4, 8) or not numbers["unit"]:
@@ -362,9 +363,10 @@ class Reader:
         if not isinstance(entry, dict):
             raise ManifestError(f"{_place(where) or 'the top level'} of manifest {self.path} is no JSON object")
         value = entry.get(key)
-        if (type(value) is kind or (type(kind) is tuple and type(value) in kind)) and (kind is not int or value >= 0):
-            return value
-        if value is None and optional:
+        if type(value) is kind or (type(kind) is tuple and type(value) in kind):
+            if kind is not int or cast(int, value) >= 0:
+                return value
+        elif value is None and optional:
             return None
         place = f"{_place(where)}.{key}".lstrip(".")
         raise ManifestError(f"{place} in manifest {self.path} is {value!r}; expected {_kind_name(kind)}")

@@ -76,15 +76,14 @@ def write_mds(
     fixed = {name: (sizes or {}).get(name) for name in names}
     config = {
         "version": 2, "format": "mds", "compression": None, "hashes": [], "size_limit": 1 << 26,
-        "column_names": names, "column_encodings": [columns[n] for n in names], "column_sizes": [fixed[n] for n in names],
+        "column_names": names, "column_encodings": [columns[n] for n in names],
+        "column_sizes": [fixed[n] for n in names],
     }  # fmt: skip
     entries = []
     for number, samples in enumerate(shards):
         blobs = []
         for sample in samples:
-            data = [
-                sample[n] if isinstance(sample[n], bytes) else mds_payload(columns[n], sample[n]) for n in names
-            ]
+            data = [sample[n] if isinstance(sample[n], bytes) else mds_payload(columns[n], sample[n]) for n in names]
             head = b"".join(struct.pack("<I", len(d)) for n, d in zip(names, data, strict=True) if fixed[n] is None)
             blobs.append(head + b"".join(data))
         text = json.dumps(config, sort_keys=True).encode()
@@ -108,9 +107,7 @@ def write_litdata(folder: Path, chunks: Sequence[Sequence[np.ndarray]], dtype: s
         name = f"chunk-0-{number}.bin"
         (folder / name).write_bytes(struct.pack("<I", len(parts)) + offsets.tobytes() + b"".join(parts))
         tokens = sum(map(len, items))
-        entries.append(
-            {"chunk_bytes": sum(map(len, parts)), "chunk_size": len(parts), "dim": tokens, "filename": name}
-        )
+        entries.append({"chunk_bytes": sum(map(len, parts)), "chunk_size": len(parts), "dim": tokens, "filename": name})
     settings = {
         "compression": None, "data_format": [f"no_header_tensor:{LITDATA_CODES[dtype]}"], "encryption": None,
         "item_loader": "TokensLoader", **config,

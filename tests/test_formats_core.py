@@ -1,4 +1,4 @@
-"""The C++ core over every format: the rows that numpy cuts from the known tokens, and the documents they were made of."""
+"""The C++ core over every format: the rows that numpy cuts from the known tokens, and their documents."""
 
 from pathlib import Path
 
@@ -46,7 +46,10 @@ def _write(folder: Path, name: str) -> Path:
     return folder
 
 
-WITH_DOCUMENTS = ["datatrove uint16", "datatrove uint32", "megatron uint16", "megatron int32", "mds uint16", "mds int64", "litdata int32"]  # fmt: skip
+WITH_DOCUMENTS = [
+    "datatrove uint16", "datatrove uint32", "megatron uint16", "megatron int32", "mds uint16", "mds int64",
+    "litdata int32",
+]  # fmt: skip
 WITHOUT = ["nanogpt uint16", "llmc", "npy int64", "npy uint8", "olmo uint16", "mds-chunks uint16", "mds-chunks int64"]
 
 
@@ -70,9 +73,7 @@ def test_an_epoch_gives_each_window_once(tmp_path, name, through_manifest):
         windows = np.lib.stride_tricks.sliding_window_view(tokens[: shard.tokens], SEQ_LEN + 1)[::SEQ_LEN]
         expected += windows.tolist()
     with MixLoader(manifest, 1, SEQ_LEN, max_steps=len(expected), vocab_size=len(TOKENS) + 1) as loader:
-        rows = [
-            torch_row for b in loader for torch_row in np.hstack((b["input_ids"], b["targets"][:, -1:])).tolist()
-        ]
+        rows = [torch_row for b in loader for torch_row in np.hstack((b["input_ids"], b["targets"][:, -1:])).tolist()]
     assert sorted(rows) == sorted(expected)
 
 
@@ -90,9 +91,7 @@ def test_documents_begin_where_the_format_says(tmp_path, name, through_manifest)
     if through_manifest:
         manifest.save(tmp_path / "manifest.json")
         manifest = Manifest.open(tmp_path / "manifest.json")
-    shards = [
-        {**shard.for_core(), "windows": (shard.tokens - 1) // SEQ_LEN} for shard in manifest.domain("a").shards
-    ]
+    shards = [{**shard.for_core(), "windows": (shard.tokens - 1) // SEQ_LEN} for shard in manifest.domain("a").shards]
     rows = sum(shard["windows"] for shard in shards)
     streamer = _core.Streamer(
         domains=[(1, shards)], seq_len=SEQ_LEN, vocab_size=0, seed=0, batch_size=rows, micro_batches=1, world_size=1,

@@ -1,8 +1,10 @@
 """Manifests, folders and shards: what opens, and what is refused with which words."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 from corpora import tagged, write_llmc, write_raw
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from mixloader import Manifest, MixLoader
 from mixloader.errors import ManifestError, MixLoaderError, ShardError
 from mixloader.formats import open_shard, read_tokens
+from mixloader.formats.tables import read_table
 
 
 def test_formats_are_told_apart(tmp_path):
@@ -148,6 +151,138 @@ def test_the_fingerprint_changes_with_the_data(saved):
         Manifest.open(saved)
     (saved / "manifest.json").unlink()
     assert Manifest.open(saved).fingerprint != before
+
+
+def test_a_manifest_of_version_1_opens_by_the_headers_of_its_shards(saved):
+    path = saved / "manifest.json"
+    now = Manifest.open(saved)
+    content = json.loads(path.read_text())
+    content["version"] = 1
+    for domain in content["domains"]:
+        for entry in (*domain["shards"], *domain["validation"]):
+            entry["sha256"] = "ab" * 32
+            del entry["offset"], entry["digest"]
+    path.write_text(json.dumps(content))
+    old = Manifest.open(saved)
+    assert old.domains[0].shards[0].offset == 1024
+    assert old.domains[0].shards[0].digest == "sha256:" + "ab" * 32
+    assert old != now
+    # As mixloader 0.1 computed it, so that states saved with it load.
+    shards = [[["train_000.bin", "llmc", "uint32", 100, 1424, "ab" * 32]]] * 2
+    data = [["math", shards[0]], ["web", shards[1]]]
+    assert old.fingerprint == hashlib.sha256(json.dumps([1, 1 << 21, data]).encode()).hexdigest()[:32]
+
+
+def test_domains_are_appended_and_the_old_ones_keep_their_fingerprint(saved, tmp_path):
+    before = Manifest.open(saved)
+    extra = write_raw(tmp_path / "data" / "extra.bin", np.arange(50, dtype="<u2"))
+    after = before.with_domain("extra", {"path": extra, "field": "target"})
+    assert after.names == ("math", "web", "extra")
+    assert after.prefix_fingerprint(2) == before.fingerprint != after.fingerprint
+    assert after.prefix_fingerprint(1) != before.fingerprint
+    after.save(saved / "manifest.json")
+    assert Manifest.open(saved) == after
+    with pytest.raises(ManifestError, match="two domains have the name 'web'"):
+        before.with_domain("web", extra)
+
+
+def test_a_domain_is_split_by_shards(tmp_path):
+    for i in range(3):
+        write_llmc(tmp_path / "web" / f"train_{i}.bin", tagged(i, 50 + i))
+    whole = Manifest.open({"web": {"path": tmp_path / "web", "field": "source", "group": "g"}})
+    split = whole.split("web", {"even": [0, 2], "odd": [1]})
+    assert split.names == ("web", "even", "odd")
+    assert split.prefix_fingerprint(1) == whole.fingerprint
+    assert [s.tokens for s in split.domain("even").shards] == [50, 52]
+    assert (split.domain("odd").field, split.domain("odd").group, split.domain("odd").tokens) == ("source", "g", 51)
+    for parts in ({"a": [0], "b": [1]}, {"a": [0, 1], "b": [1, 2]}, {"a": [0, 1, 2, 3]}):
+        with pytest.raises(ManifestError, match="expected each of 0 to 2 in one part"):
+            whole.split("web", parts)
+    with pytest.raises(ManifestError, match="'b' has no training shards"):
+        whole.split("web", {"a": [0, 1, 2], "b": []})
+
+
+def test_tables_of_a_manifest_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXLOADER_CACHE", str(tmp_path / "cache"))
+    documents = [np.arange(n, dtype="<u2") for n in (5, 30, 8)]
+    foreign.write_mds(tmp_path / "d" / "mds", [[{"t": x} for x in documents]], {"t": "ndarray:uint16"})
+    foreign.write_megatron(tmp_path / "d" / "meg" / "a", documents, indices=[0, 2, 3])
+    manifest = Manifest.open(tmp_path / "d")
+    manifest.save(tmp_path / "d" / "manifest.json")
+    (tables,) = (tmp_path / "d").glob("*.npy")
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "d").rename(tmp_path / "e")
+    loaded = Manifest.open(tmp_path / "e")
+    assert loaded.fingerprint == manifest.fingerprint
+    assert loaded.domain("mds").shards[0].extents == manifest.domain("mds").shards[0].extents
+    loaded.save(tmp_path / "e" / "again.json")  # from the table of the first
+    table = Manifest.open(tmp_path / "e" / "again.json").domain("meg").shards[0].documents
+    assert read_table(table, Path(table.path).read_bytes()[table.offset :]).tolist() == [0, 35]
+    path = tmp_path / "e" / tables.name
+    content = path.read_bytes()
+    for damaged, message in (
+        (content[:-8], "cannot read"),
+        (b"", "cannot read"),
+        (content.replace(b"<u8", b"<i8"), "manifest .* says .* uint64"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ManifestError, match=message):
+            Manifest.open(tmp_path / "e")
+
+
+def test_opening_a_manifest_reads_no_shard(saved, monkeypatch):
+    expected = Manifest.open(saved)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a shard was read")
+
+    monkeypatch.setattr("mixloader.formats.source.Source.read", refuse)
+    monkeypatch.setattr("mixloader.formats.source.Source.__init__", refuse)
+    assert Manifest.open(saved) == expected
+
+
+BAD_DETAILS = [
+    ({"offset": -1}, "from byte -1 on"),
+    ({"offset": 1026}, "100 uint32 tokens from byte 1026 on, but 1424 bytes; the manifest is damaged"),
+    ({"offset": "0"}, "offset in manifest .* is '0'; expected an integer"),
+    ({"tokens": 0}, "has 0 uint32 tokens"),
+    ({"tokens": 1 << 62}, "the manifest is damaged"),
+    ({"format": "parquet"}, "unknown shard format 'parquet'"),
+    ({"compression": "lz4", "stored_bytes": 5}, "compression in manifest .* is 'lz4'; expected zstd or gzip"),
+    ({"compression": "gzip"}, "stored_bytes in manifest .* is None"),
+    ({"compression": "gzip", "stored_bytes": 5}, "has 1424 bytes, but manifest .* says 5"),
+    ({"extents": {"tokens": 0, "stride": 8}}, "extents in manifest .* are empty"),
+    ({"extents": {"tokens": 5}}, "stride in manifest .* is None"),
+    ({"extents": {"first": 0, "count": 5}}, "refers to a table that is not there"),
+    ({"documents": {"first": 0, "count": 5}}, "refers to a table that is not there"),
+    ({"documents": {"path": "x"}}, "offset in manifest .* is None"),
+    ({"documents": {"path": "../x", "offset": 0, "count": 1, "width": 8, "bias": 0, "unit": 1}}, "lies outside"),
+    ({"documents": {"path": "x", "offset": 0, "count": 1, "width": 8, "bias": 0, "unit": 1}}, "x does not exist"),
+    ({"documents": {"path": "web/val_000.bin", "offset": 0, "count": 200, "width": 8, "bias": 0, "unit": 1}}, "1424 b"),
+    ({"documents": {"path": "x", "offset": 0, "count": 1, "width": 3, "bias": 0, "unit": 1}}, "it is damaged"),
+    ({"checksums": "/etc/passwd"}, "lies outside"),
+    ({"checksums": 5}, "checksums in manifest .* is 5; expected a string"),
+    ({"path": "s3://bucket/x"}, "'s3://bucket/x', which lies outside the manifest's folder"),
+    ({"path": "file:///etc/passwd"}, "lies outside the manifest's folder"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_DETAILS)
+def test_a_bad_detail_is_named(saved, changes, message):
+    path = saved / "manifest.json"
+    content = json.loads(path.read_text())
+    content["domains"][0]["shards"][0].update(changes)
+    path.write_text(json.dumps(content))
+    with pytest.raises(MixLoaderError, match=message):
+        Manifest.open(saved)
+
+
+def test_a_folder_that_is_a_link_out_needs_an_allowed_root(saved, tmp_path):
+    (saved / "math").rename(tmp_path / "elsewhere")
+    (saved / "math").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ManifestError, match="outside the manifest's folder"):
+        Manifest.open(saved)
+    assert Manifest.open(saved, roots=[tmp_path / "elsewhere"]).names == ("math", "web")
 
 
 BAD_VALUES = [

@@ -31,15 +31,15 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
             "they belong to different files"
         )
     announced = ends if announced is None else announced
-    if width is None and announced and source.bytes in (2 * announced, 4 * announced):
-        width = source.bytes // announced
+    if width is None and announced and source.size in (2 * announced, 4 * announced):
+        width = source.size // announced
     dtype = choice.dtype or ("uint16" if width is None else _DTYPES[width])
     if width is not None and WIDTHS[dtype] != width:
         raise ShardError(f"shard {source.path} holds {_DTYPES[width]} tokens, but {choice.dtype} was asked for")
-    tokens, rest = divmod(source.bytes, WIDTHS[dtype])
+    tokens, rest = divmod(source.size, WIDTHS[dtype])
     if rest or (announced is not None and tokens != announced):
         raise ShardError(
-            f"shard {source.path} has {source.bytes} bytes, but {announced or 'a whole number of'} {dtype} tokens were "
+            f"shard {source.path} has {source.size} bytes, but {announced or 'a whole number of'} {dtype} tokens were "
             "expected; it was truncated, or its index belongs to another file"
         )
     count = None if documents is None else documents.count
@@ -60,9 +60,9 @@ def _metadata(source: Source) -> tuple[int, int]:
 
 def _index(source: Source) -> tuple[Documents, int]:
     """The table of documents, and the token at which the last one ends."""
-    count, rest = divmod(source.bytes, 8)
+    count, rest = divmod(source.size, 8)
     if rest:
-        raise ShardError(f"{source.path} has {source.bytes} bytes, no whole number of uint64; it was truncated")
+        raise ShardError(f"{source.path} has {source.size} bytes, no whole number of uint64; it was truncated")
     last = 0
     parts = []
     for first in range(0, count, _BLOCK):

@@ -22,10 +22,10 @@ class Listing:
 
     @classmethod
     def read(cls, source: Source) -> Listing:
-        if source.bytes > _LARGEST:
-            raise ShardError(f"{source.path} has {source.bytes} bytes; an index has at most {_LARGEST}")
+        if source.size > _LARGEST:
+            raise ShardError(f"{source.path} has {source.size} bytes; an index has at most {_LARGEST}")
         try:
-            return cls(source.path, json.loads(source.read(0, source.bytes)))
+            return cls(source.path, json.loads(source.read(0, source.size)))
         except (ValueError, RecursionError) as error:
             raise ShardError(f"{source.path} is no JSON: {error}") from error
 

@@ -67,9 +67,9 @@ def _chunk(index: Source, entry: Listing, dtype: str, compression: str | None) -
     offset = 4 * (items + 2)
     expected = offset + tokens * width
     source = Source(index.beside(entry.take("filename", str)), compression, expected)
-    if tokens == 0 or items == 0 or source.bytes != expected or expected >= _MAX_BYTES:
+    if tokens == 0 or items == 0 or source.size != expected or expected >= _MAX_BYTES:
         raise ShardError(
-            f"shard {source.path} has {source.bytes} bytes, but {index.path} announces {items} items with {tokens} "
+            f"shard {source.path} has {source.size} bytes, but {index.path} announces {items} items with {tokens} "
             f"{dtype} tokens, {expected} bytes; it was truncated, or belongs to another index"
         )
     table = source.read(0, offset)

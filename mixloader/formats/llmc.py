@@ -37,9 +37,9 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     if choice.dtype not in (None, dtype):
         raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
     expected = LLMC_HEADER + tokens * WIDTHS[dtype]
-    if tokens <= 0 or source.bytes != expected:
+    if tokens <= 0 or source.size != expected:
         raise ShardError(
-            f"shard {path} has {source.bytes} bytes, but its header announces {tokens} {dtype} tokens, "
+            f"shard {path} has {source.size} bytes, but its header announces {tokens} {dtype} tokens, "
             f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
         )
     return (shard_of(source, "llmc", dtype, LLMC_HEADER, tokens),)

@@ -153,15 +153,15 @@ def _digest(stored: Listing) -> str | None:
 def _offsets(source: Source, samples: int) -> np.ndarray:
     """int64 [N + 1]: where samples begin and the last ends."""
     header = 4 * (samples + 2)
-    if samples == 0 or header > source.bytes:
-        raise ShardError(f"shard {source.path} of {source.bytes} bytes cannot hold the {samples} samples of its index")
+    if samples == 0 or header > source.size:
+        raise ShardError(f"shard {source.path} of {source.size} bytes cannot hold the {samples} samples of its index")
     numbers = np.frombuffer(source.read(0, header), dtype="<u4").astype(np.int64)
     if len(numbers) != samples + 2 or numbers[0] != samples:
         raise ShardError(f"shard {source.path} does not begin with its number of samples, {samples}; it is damaged")
     offsets = numbers[1:]
-    if offsets[0] < header or offsets[-1] != source.bytes or (offsets[1:] < offsets[:-1]).any():
+    if offsets[0] < header or offsets[-1] != source.size or (offsets[1:] < offsets[:-1]).any():
         raise ShardError(
-            f"shard {source.path} has sample offsets that decrease, or do not end with its {source.bytes} bytes; "
+            f"shard {source.path} has sample offsets that decrease, or do not end with its {source.size} bytes; "
             "it was truncated or is damaged"
         )
     return offsets

@@ -32,7 +32,7 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     index, tokens = (_partner(source, suffix) for suffix in (".idx", ".bin"))
     header = index.read(0, _HEADER.size)
     if len(header) < _HEADER.size:
-        raise ShardError(f"{index.path} has {index.bytes} bytes, fewer than its header; it was truncated")
+        raise ShardError(f"{index.path} has {index.size} bytes, fewer than its header; it was truncated")
     magic, version, code, sequences, documents = _HEADER.unpack(header)
     if magic != _MAGIC:
         raise ShardError(f"{index.path} begins with {magic!r}, not with {_MAGIC!r}; it is no Megatron index")
@@ -44,9 +44,9 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     if choice.dtype not in (None, dtype):
         raise ShardError(f"shard {tokens.path} holds {dtype} tokens by its index, but {choice.dtype} was asked for")
     least = _HEADER.size + 12 * sequences + 8 * documents
-    if index.bytes not in (least, least + sequences):  # a mode of one byte a sequence, in multimodal data
+    if index.size not in (least, least + sequences):  # a mode of one byte a sequence, in multimodal data
         raise ShardError(
-            f"{index.path} has {index.bytes} bytes, but {sequences} sequences and {documents} document indices "
+            f"{index.path} has {index.size} bytes, but {sequences} sequences and {documents} document indices "
             f"take {least}; it was truncated or is damaged"
         )
     table = _Table(index, sequences, documents, WIDTHS[dtype])
@@ -84,9 +84,9 @@ class _Table:
                     f"(between {first} and {first + count}); it is damaged or was not written by Megatron-LM"
                 )
             end = int(ends[-1])
-        if end != tokens.bytes or end == 0:
+        if end != tokens.size or end == 0:
             raise ShardError(
-                f"shard {tokens.path} has {tokens.bytes} bytes, but {self.index.path} accounts for {end}; "
+                f"shard {tokens.path} has {tokens.size} bytes, but {self.index.path} accounts for {end}; "
                 "it was truncated, or the index belongs to another file"
             )
         return end // self.width

@@ -9,10 +9,10 @@ from mixloader.formats.source import Source
 
 def raw_tokens(source: Source, format: str, dtype: str) -> Shard:
     """The shard of a file that is nothing but tokens."""
-    tokens, rest = divmod(source.bytes, WIDTHS[dtype])
+    tokens, rest = divmod(source.size, WIDTHS[dtype])
     if rest:
         raise ShardError(
-            f"shard {source.path} has {source.bytes} bytes, which is no whole number of {dtype} tokens; "
+            f"shard {source.path} has {source.size} bytes, which is no whole number of {dtype} tokens; "
             "it was truncated, or its dtype is another"
         )
     return shard_of(source, format, dtype, 0, tokens)

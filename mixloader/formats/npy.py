@@ -44,9 +44,9 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
         raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
     offset = begin + length
     expected = offset + tokens * WIDTHS[dtype]
-    if tokens <= 0 or source.bytes != expected:
+    if tokens <= 0 or source.size != expected:
         raise ShardError(
-            f"shard {path} has {source.bytes} bytes, but its header announces {tokens} {dtype} tokens, "
+            f"shard {path} has {source.size} bytes, but its header announces {tokens} {dtype} tokens, "
             f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
         )
     return (shard_of(source, "npy", dtype, offset, tokens),)

@@ -25,7 +25,7 @@ SUFFIXES = (".bin", ".ds", ".npy")
 
 
 def open_shards(
-    path: str | Path, *, format: str | None = None, dtype: str | None = None, column: str | None = None
+    path: str | os.PathLike[str], *, format: str | None = None, dtype: str | None = None, column: str | None = None
 ) -> tuple[Shard, ...]:
     """Describe the shards at `path`, a file, a folder or a URL of a file, after checking what they say of themselves.
 
@@ -45,8 +45,8 @@ def open_shards(
             return _open(Source(os.path.join(path, INDEX)), format, choice)
         return tuple(shard for file in token_files(path) for shard in _open(Source(file), format, choice))
     if not is_url(path) and not os.path.exists(path) and os.path.exists(f"{path}.idx"):
-        path = f"{path}.idx"  # as Megatron names a data set
-    return _open(Source(path), format, choice)
+        return _open(Source(f"{path}.idx"), format, choice)  # as Megatron names a data set
+    return _open(Source(os.fspath(path)), format, choice)
 
 
 def open_shard(path: str | Path, *, format: str | None = None, dtype: str | None = None) -> Shard:
@@ -59,7 +59,7 @@ def open_shard(path: str | Path, *, format: str | None = None, dtype: str | None
     return shards[0]
 
 
-def token_files(folder: str | Path) -> list[Path]:
+def token_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The files in a folder that hold tokens and stand for themselves, by name."""
     try:
         return sorted(

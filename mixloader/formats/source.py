@@ -21,7 +21,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BLOCK = 1 << 20  # bytes read at a time
 
 
-def is_url(path: str | Path) -> bool:
+def is_url(path: str | os.PathLike[str]) -> bool:
     path = str(path)
     return "://" in path and _URL.match(path) is not None
 
@@ -39,7 +39,7 @@ class Source:
         if compression == "by suffix":
             compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
         self.compression = compression
-        self.stored_bytes = self._size()
+        self.stored_bytes = self._stored_size()
         self._raw_bytes = raw_bytes
         # Of a compressed file: what was decompressed last, the byte where it begins, and what follows.
         self._rest: bytes | None = None
@@ -53,7 +53,7 @@ class Source:
         return os.path.splitext(name)[0] if os.path.splitext(name)[1] in COMPRESSIONS else name
 
     @cached_property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """The size of the raw content. Where nothing says that of a compressed file, all of it is decompressed."""
         if self.compression is None:
             return self.stored_bytes
@@ -96,7 +96,7 @@ class Source:
             return Source(path) if remote.exists(path) else None
         return Source(path) if os.path.exists(path) else None
 
-    def _size(self) -> int:
+    def _stored_size(self) -> int:
         with self._errors():
             if is_url(self.path):
                 size = remote.size(self.path)
