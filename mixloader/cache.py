@@ -17,10 +17,12 @@ import os
 import re
 import struct
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mixloader import remote
 from mixloader.errors import ConfigError, ShardError
@@ -103,9 +105,13 @@ class ShardCache:
                         raise NotNowError(url, full=False)
                     if cancel.wait(_POLL_S):
                         raise Cancelled(url)
-                os.utime(path)  # its place in the order of removal
+                _touch(path)
             self._uses[name] += 1
         return str(path)
+
+    def has(self, url: str, **known: Any) -> bool:
+        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch."""
+        return _is_whole(self.folder / _entry_name(url, known), known.get("bytes"))
 
     def release(self, path: str) -> None:
         """A fetched file is not needed any more; it stays in the folder until its room is needed."""
@@ -114,8 +120,7 @@ class ShardCache:
             self._uses[name] -= 1
             if not self._uses[name]:
                 del self._uses[name]
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)
+                _touch(self.folder / name)
                 self._locks.release(name)
 
     def close(self) -> None:
@@ -131,7 +136,7 @@ class ShardCache:
             self._locks.release(path.name)
         return False
 
-    def _write(self, path: Path, url: str, known: dict, ahead: bool, cancel: threading.Event) -> None:
+    def _write(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
         """Fetch into `.part`, which has its full size from the start so that others count it, then rename."""
         part = path.with_name(path.name + _PART)
         # Of a compressed file whose content has an unknown size, only the stored bytes can be counted before.
@@ -275,10 +280,18 @@ def _byte(name: str) -> int:
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
-def _entry_name(url: str, known: dict) -> str:
+def _entry_name(url: str, known: dict[str, Any]) -> str:
     """A file name that differs for every file and for everything that is known of it; its end is for people."""
-    key = hashlib.sha256(json.dumps([url, known], sort_keys=True).encode()).hexdigest()[:24]
+    fields = [url, *(known.get(key) for key in ("compression", "digest", "bytes", "stored_bytes"))]
+    key = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
     return f"{key}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+
+
+def _touch(path: Path) -> None:
+    """Move an entry to the end of the order of removal; finer than the clock of the file system."""
+    now = time.time_ns()
+    with contextlib.suppress(FileNotFoundError):  # someone emptied the folder by hand
+        os.utime(path, ns=(now, now))
 
 
 def _is_whole(path: Path, size: int | None) -> bool:
