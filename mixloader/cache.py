@@ -68,7 +68,7 @@ class ShardCache:
         self._turns: set[str] = set()  # names that a thread of this process is at
         self._uses: Counter[str] = Counter()  # of entries by this process; each has a shared lock
         with self._counting():
-            self._make_room(0)  # what dead writers left
+            self._count()  # removes what dead writers left
 
     def fetch(
         self,
@@ -179,8 +179,8 @@ class ShardCache:
         with self._turn(""), self._locks.ledger():
             yield
 
-    def _make_room(self, size: int) -> int:
-        """Remove entries, oldest use first, until `size` more bytes fit; returns the bytes that still do not."""
+    def _count(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes and last use (ns) of every file; parts of dead writers are removed."""
         sizes, ages = {}, {}
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # renamed or removed since
@@ -189,6 +189,11 @@ class ShardCache:
                     continue
                 if entry.name != "locks":
                     sizes[entry.name], ages[entry.name] = status.st_size, status.st_mtime_ns
+        return sizes, ages
+
+    def _make_room(self, size: int) -> int:
+        """Remove entries, oldest use first, until `size` more bytes fit; returns the bytes that still do not."""
+        sizes, ages = self._count()
         over = sum(sizes.values()) + size - self.limit_bytes
         for name in sorted(ages, key=ages.__getitem__):
             if over <= 0:

@@ -19,7 +19,7 @@ from mixloader.formats import Shard
 from mixloader.remote import Cancelled
 
 _ROUND_MS = 50  # between two looks at the plan while nobody waits
-_LOOK_AGAIN_S = 0.25  # the order of need, once known, is trusted for so long
+_LOOK_SHARE = 0.05  # of the time is spent on looking at most
 _TRY_AGAIN_S = 5.0  # after a fetch ahead failed
 _FULL_S = 0.2  # after other processes left no room, or were at the same shard
 _JOIN_S = 10.0  # a request that cannot be given up is waited for so long at close
@@ -89,7 +89,7 @@ class _Work:
     # What to fetch
 
     def look(self) -> None:
-        looked = -math.inf
+        next_look = -math.inf
         while not self.stop.wait(0.001):
             began = time.monotonic()
             wanted = set(self.core.wanted(_ROUND_MS)) & self.shards.keys()
@@ -98,13 +98,12 @@ class _Work:
                 self.wanted = {i for i in wanted - self.here.keys() if self.failed.get(i, -math.inf) < began}
                 complete = len(self.here) == len(self.shards)
                 limit = len(self.here) + len(self.under_way) + 4 * self.cache.workers
-                due = self.wanted or not self.queue or time.monotonic() - looked > _LOOK_AGAIN_S
                 if self.wanted:
                     self.changed.notify_all()
-            if complete or not due:
+            began = time.monotonic()
+            if complete or began < next_look:
                 continue
             upcoming = self.core.upcoming(limit)
-            looked = time.monotonic()
             need = {shard: rows for rows, shard in reversed(upcoming) if shard in self.shards}
             with self.changed:
                 missing = need.keys() - self.here.keys()
@@ -116,6 +115,7 @@ class _Work:
                 self.need = need
                 self.queue = sorted(missing - self.here.keys(), key=lambda shard: (not present[shard], need[shard]))
                 self.changed.notify_all()
+            next_look = began + (time.monotonic() - began) / _LOOK_SHARE
 
     # Fetching
 

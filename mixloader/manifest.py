@@ -104,9 +104,7 @@ class Manifest:
                 f"{len(parent.shards) - 1} in one part"
             )
         made = (
-            checked_domain(
-                replace(parent, name=part, shards=tuple(parent.shards[i] for i in numbers), validation=())
-            )
+            checked_domain(replace(parent, name=part, shards=tuple(parent.shards[i] for i in numbers), validation=()))
             for part, numbers in parts.items()
         )
         return replace(self, domains=(*self.domains, *made))

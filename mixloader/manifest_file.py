@@ -275,7 +275,9 @@ class Reader:
         except (OSError, ValueError, EOFError) as error:
             raise ManifestError(f"cannot read {path}, which manifest {self.path} refers to: {error}") from error
         if tables.dtype != np.dtype("<u8") or tables.shape != (count,):
-            raise ManifestError(f"{path} has {tables.shape} {tables.dtype}; manifest {self.path} says ({count},) uint64")
+            raise ManifestError(
+                f"{path} has {tables.shape} {tables.dtype}; manifest {self.path} says ({count},) uint64"
+            )
         return tables
 
     def table(self, first: int, count: int, where: Any) -> np.ndarray:

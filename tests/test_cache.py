@@ -195,40 +195,43 @@ def test_the_limit_holds_and_what_is_used_is_whole(tmp_path_factory, sequence):
 # Several processes
 
 RANK = """
+    import pathlib
     import random
+
     from mixloader.cache import ShardCache
 
-    def read_all(cache, urls):
-        for url in urls:
-            path = cache.fetch(url, bytes=65536)
-            print(url, hash(open(path, "rb").read()), flush=True)
+    def read_all(folder, cache, names):
+        for name in names:
+            path = cache.fetch(f"s3://data/{{folder}}/{{name}}", bytes=65536)
+            print(name, hash(pathlib.Path(path).read_bytes()), flush=True)
             cache.release(path)
 
-    urls = {urls!r}
-    read_all(ShardCache({large!r}, 8 * 65536), urls)
-    small = ShardCache({small!r}, 4 * 65536)
+    names = {urls!r}
+    read_all("large", ShardCache("{folder}/large", 8 * 65536), names)
+    small = ShardCache("{folder}/small", 4 * 65536)
     for _ in range(5):
-        random.shuffle(urls)
-        read_all(small, urls)
+        random.shuffle(names)
+        read_all("small", small, names)
 """
 
 
 def test_ranks_of_one_machine_share_their_folders(tmp_path):
     """Each object comes from S3 once where the cache holds all; where it does not, it keeps to its limit."""
     with s3_server() as s3:
-        urls = [s3.put(f"shard_{i}.bin", content) for i, content in enumerate(CONTENTS)]
-        small = tmp_path / "small"
-        program = RANK.format(urls=urls, large=str(tmp_path / "large"), small=str(small))
+        for i, content in enumerate(CONTENTS):
+            for folder in ("large", "small"):
+                s3.put(f"{folder}/shard_{i}.bin", content)
+        urls = [f"shard_{i}.bin" for i in range(8)]
+        program = RANK.format(urls=urls, folder=str(tmp_path))
         environment = {**os.environ, **s3.environment(), "PYTHONHASHSEED": "0"}
         ranks = [python(program, env=environment) for _ in range(2)]
         lines = [line for rank in ranks for line in rank.communicate(timeout=120)[0].splitlines()]
         assert [rank.returncode for rank in ranks] == [0, 0]
         assert len(lines) == 2 * 6 * 8
-        assert len(set(lines)) == 8  # each URL has one content
-        assert all(s3.reads().count(f"/data/shard_{i}.bin") >= 1 for i in range(8))
-        assert len(s3.reads()) <= 8 + 2 * 5 * 8 - 4
-        for folder, kept in ((tmp_path / "large", 8), (small, 4)):
-            contents = [path.read_bytes() for path in folder.iterdir() if path.name != "locks"]
+        assert len(set(lines)) == 8  # each name has one content
+        assert sorted(read for read in s3.reads() if "large" in read) == [f"/data/large/{name}" for name in urls]
+        for folder, kept in (("large", 8), ("small", 4)):
+            contents = [path.read_bytes() for path in (tmp_path / folder).iterdir() if path.name != "locks"]
             assert len(contents) == kept
             assert all(content in CONTENTS for content in contents)
 

@@ -38,7 +38,9 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
 def _dtype(config: Listing) -> str:
     loader = config.take("item_loader", str, optional=True)
     if loader != "TokensLoader":
-        raise ShardError(f"{config.path} is of item_loader {loader}; expected TokensLoader: write it with litdata.optimize")
+        raise ShardError(
+            f"{config.path} is of item_loader {loader}; expected TokensLoader: write it with litdata.optimize"
+        )
     formats = config.take("data_format", list)
     serializer, _, code = str(formats[0] if formats else "").partition(":")
     dtype = _DTYPES.get(serializer, {}).get(int(code) if code.isdigit() else -1)

@@ -69,9 +69,7 @@ def _parse(path: str, text: bytes) -> tuple[str, int]:
     except TypeError as error:
         raise ShardError(f"shard {path} has the unknown NumPy dtype {kind!r}") from error
     if dtype.name not in WIDTHS or dtype.newbyteorder("<") != dtype:
-        raise ShardError(
-            f"shard {path} holds NumPy dtype {kind!r}; expected one of {', '.join(WIDTHS)}, little-endian"
-        )
+        raise ShardError(f"shard {path} holds NumPy dtype {kind!r}; expected one of {', '.join(WIDTHS)}, little-endian")
     return dtype.name, math.prod(shape)
 
 

@@ -60,7 +60,9 @@ def open_shard(path: str | Path, *, format: str | None = None, dtype: str | None
 def token_files(folder: str | Path) -> list[Path]:
     """The files in a folder that hold tokens and stand for themselves, by name."""
     try:
-        return sorted(path for path in Path(folder).iterdir() if _bare(path.name).endswith(SUFFIXES) and not path.is_dir())
+        return sorted(
+            path for path in Path(folder).iterdir() if _bare(path.name).endswith(SUFFIXES) and not path.is_dir()
+        )
     except OSError as error:
         raise ShardError(f"cannot list the folder {folder}: {error}") from error
 
