@@ -136,7 +136,8 @@ class _Work:
     def take(self, ahead: bool) -> int | None:
         """The next shard to fetch, now under way; None if there is none, or no room for it."""
         for shard in self.wanted - self.under_way - self.here.keys():
-            self.make_room(shard, urgent=True)
+            if not self.make_room(shard, urgent=True) and self.under_way:
+                continue  # once they are here they can be withdrawn
             self.under_way.add(shard)
             return shard
         now = time.monotonic()
