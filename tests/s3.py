@@ -187,8 +187,13 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def _put(port: int, path: str, body: bytes) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("PUT", path, body, {"Host": "127.0.0.1"})
-    answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
-    connection.close()
+    for _ in range(20):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("PUT", path, body, {"Host": "127.0.0.1"})
+        answer = connection.getresponse()
+        found = answer.status, answer.read()
+        connection.close()
+        if found[0] == 200:
+            return
+        time.sleep(0.1)  # moto refuses to replace what it is just reading
+    raise AssertionError(f"moto's server answered {found} to PUT {path}")
