@@ -1,8 +1,13 @@
 #include "corpus.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <exception>
+#include <limits>
+#include <stdexcept>
 #include <utility>
 
 #include "error.h"
@@ -10,128 +15,364 @@
 namespace mixloader {
 namespace {
 
-static_assert(std::endian::native == std::endian::little,
-              "tokens on disk are little-endian and are not swapped");
+constexpr std::uint64_t kCacheLine = 64;
 
-// Compiled twice where the loader can choose at run time: AVX2 widens in half
-// the time of the x86-64 baseline. (Sanitizers run before such choices can.)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define MIXLOADER_SIMD __attribute__((target_clones("avx2", "default")))
-#else
-#define MIXLOADER_SIMD
-#endif
+// Extents are read together if no more than this lies between them: about what
+// another system call costs.
+constexpr std::uint64_t kGap = 4096;
 
-// Widens n + 1 tokens into n inputs and n targets; returns the largest id.
-template <typename Token>
-[[gnu::always_inline]] inline std::uint64_t widen(
-    const Token* __restrict tokens, std::size_t n,
-    std::int64_t* __restrict inputs, std::int64_t* __restrict targets) {
-  Token largest = 0;
-  for (std::size_t i = 0; i <= n; ++i) largest = std::max(largest, tokens[i]);
-  for (std::size_t i = 0; i < n; ++i) inputs[i] = tokens[i];
-  for (std::size_t i = 0; i < n; ++i) targets[i] = tokens[i + 1];
-  return largest;
+// Ids that are checked and widened together, so that what was read stays in the
+// first cache.
+constexpr std::uint64_t kIdsAtATime = 4096;
+
+// A data set may have more shards than a process may have descriptors, and
+// others need some, too. A map needs none.
+std::size_t most_open(ReadMode mode) {
+  if (mode == ReadMode::kMmap) return 8192;
+  rlimit limit{};
+  ::getrlimit(RLIMIT_NOFILE, &limit);
+  return std::clamp<std::size_t>(limit.rlim_cur / 2, 1, 4096);
 }
 
-MIXLOADER_SIMD std::uint64_t widen16(const std::uint16_t* tokens, std::size_t n,
-                                     std::int64_t* inputs,
-                                     std::int64_t* targets) {
-  return widen(tokens, n, inputs, targets);
+void check_format(const RowFormat& format) {
+  if (!format.mask_targets) return;
+  if (format.boundaries == Boundaries::kNone || format.shared ||
+      format.targets == TokenType::kUint16) {
+    throw std::invalid_argument(
+        "mask_targets needs boundaries of documents, and targets of a signed "
+        "type in a buffer of their own");
+  }
 }
 
-MIXLOADER_SIMD std::uint64_t widen32(const std::uint32_t* tokens, std::size_t n,
-                                     std::int64_t* inputs,
-                                     std::int64_t* targets) {
-  return widen(tokens, n, inputs, targets);
-}
-
-template <typename Token>
-[[noreturn]] void throw_token_error(const Shard& shard, std::uint64_t start,
-                                    const Token* tokens,
-                                    std::uint64_t vocab_size) {
-  const Token* bad = tokens;
-  while (*bad < vocab_size) ++bad;
-  const auto position = start + static_cast<std::uint64_t>(bad - tokens);
-  throw TokenError(
-      "shard " + shard.name + " holds token id " + std::to_string(*bad) +
-      " at token " + std::to_string(position) + " (byte " +
-      std::to_string(shard.offset + position * shard.width) +
-      "), but the vocabulary has " + std::to_string(vocab_size) +
-      " ids; check the shard's dtype (" + std::to_string(8 * shard.width) +
-      " bits here), its tokenizer and vocab_size");
+void check_boundaries(const Shard& shard, Boundaries boundaries) {
+  if (boundaries != Boundaries::kIndex || shard.windows == 0 ||
+      !shard.packing.empty() || !shard.documents.path.empty() ||
+      shard.extents_are_documents) {
+    return;
+  }
+  throw ShardError(
+      "shard " + shard.name +
+      " has no index of its documents; ask for boundaries by its end-of-text "
+      "tokens, or for none");
 }
 
 }  // namespace
 
 Corpus::Corpus(std::vector<Domain> domains, CorpusOptions options)
-    : domains_(std::move(domains)), options_(options) {
+    : domains_(std::move(domains)),
+      options_(options),
+      id_end_(std::min(options.vocab_size > 0
+                           ? options.vocab_size
+                           : std::numeric_limits<std::uint64_t>::max(),
+                       capacity_of(options.format.inputs))) {
+  const RowFormat& format = options_.format;
+  check_format(format);
+  if (!format.shared) id_end_ = std::min(id_end_, capacity_of(format.targets));
+  for (const std::size_t width : {1, 2, 4, 8}) {
+    kernels_.push_back({largest_from(width), widen_from(width, format.inputs),
+                        widen_from(width, format.targets)});
+  }
   std::vector<std::string> paths;
   for (const Domain& domain : domains_) {
     first_shard_.push_back(static_cast<std::uint32_t>(paths.size()));
     std::uint64_t windows = 0;
     auto& ends = window_ends_.emplace_back();
     for (const Shard& shard : domain.shards) {
+      check_shard(shard);
+      check_boundaries(shard, format.boundaries);
       windows += shard.windows;
       ends.push_back(windows);
       paths.push_back(shard.path);
     }
   }
+  shards_ = paths.size();
   locations_ = std::make_unique<Locations>(std::move(paths));
+  files_ = std::make_unique<OpenFiles>(number_of(Part::kParts, 0),
+                                       most_open(options_.mode));
 }
 
-std::shared_ptr<const File> Corpus::open(const Shard& shard,
-                                         std::uint32_t number) const {
-  const std::lock_guard lock(mutex_);
-  if (const auto found = open_.find(&shard); found != open_.end()) {
-    return found->second;
+Corpus::OpenFile Corpus::open(const Shard& shard, std::uint32_t number) const {
+  return files_->get<File>(number_of(Part::kTokens, number), [&] {
+    auto file = std::make_shared<const File>(
+        locations_->wait(number), "shard " + shard.name, options_.mode);
+    const std::uint64_t end = byte_of(shard, shard.tokens);
+    if (file->size() < end) {
+      throw ShardError(
+          "shard " + shard.name + " has " + std::to_string(file->size()) +
+          " bytes, but its " + std::to_string(shard.tokens) + " tokens need " +
+          std::to_string(end) + "; it was truncated or replaced: restore it");
+    }
+    return file;
+  });
+}
+
+void Corpus::close(std::uint32_t shard) const {
+  files_->close(number_of(Part::kTokens, shard));
+}
+
+template <typename Use>
+auto Corpus::with_documents(const Shard& shard, std::uint32_t number,
+                            Use use) const {
+  const std::string& path = shard.documents.path;
+  if (path == shard.name) {
+    const OpenFile file = open(shard, number);
+    return use(DocumentTable(shard, *file));
   }
-  auto file = std::make_shared<const File>(locations_->wait(number));
-  const std::uint64_t end = shard.offset + shard.tokens * shard.width;
-  if (file->size() < end) {
-    throw ShardError(
-        "shard " + shard.name + " has " + std::to_string(file->size()) +
-        " bytes, but its " + std::to_string(shard.tokens) + " tokens need " +
-        std::to_string(end) + "; it was truncated or replaced: restore it");
-  }
-  if (open_order_.size() == kOpenFiles) {
-    open_.erase(open_order_.front());
-    open_order_.pop_front();
-  }
-  open_.emplace(&shard, file);
-  open_order_.push_back(&shard);
-  return file;
+  const auto file =
+      files_->get<File>(number_of(Part::kDocuments, number), [&path] {
+        return std::make_shared<const File>(path, "index of documents " + path);
+      });
+  return use(DocumentTable(shard, *file));
 }
 
 RowPlace Corpus::locate(std::uint32_t domain, std::uint64_t window) const {
   const auto& ends = window_ends_[domain];
   const auto index = static_cast<std::uint32_t>(
       std::upper_bound(ends.begin(), ends.end(), window) - ends.begin());
-  const std::uint64_t first = index == 0 ? 0 : ends[index - 1];
-  return {index, (window - first) * options_.seq_len};
+  const std::uint64_t within = window - (index == 0 ? 0 : ends[index - 1]);
+  const bool packed = !domains_[domain].shards[index].packing.empty();
+  return {index, within, packed ? 0 : within * options_.seq_len};
 }
 
-void Corpus::read_row(std::uint32_t domain, std::uint64_t window,
-                      const RowBuffers& row, Workspace& workspace) const {
+std::optional<DocumentPlace> Corpus::document_at(std::uint32_t domain,
+                                                 std::uint64_t window) const {
   const RowPlace place = locate(domain, window);
   const Shard& shard = domains_[domain].shards[place.shard];
-  const std::uint64_t length = options_.seq_len;
-  auto& bytes = workspace.bytes;
-  bytes.resize((length + 1) * shard.width);
-  open(shard, first_shard_[domain] + place.shard)
-      ->read(shard.offset + place.token * shard.width, bytes);
-  auto* inputs = reinterpret_cast<std::int64_t*>(row.inputs);
-  auto* targets = reinterpret_cast<std::int64_t*>(row.targets);
-  const auto* narrow = reinterpret_cast<const std::uint16_t*>(bytes.data());
-  const auto* wide = reinterpret_cast<const std::uint32_t*>(bytes.data());
-  const auto largest = shard.width == 2
-                           ? widen16(narrow, length, inputs, targets)
-                           : widen32(wide, length, inputs, targets);
-  if (options_.vocab_size > 0 && largest >= options_.vocab_size) {
-    shard.width == 2
-        ? throw_token_error(shard, place.token, narrow, options_.vocab_size)
-        : throw_token_error(shard, place.token, wide, options_.vocab_size);
+  if (shard.extents_are_documents) {
+    const Extent extent = extent_at(shard, place.token);
+    return DocumentPlace{extent.number, extent.first};
   }
+  if (shard.documents.path.empty()) return std::nullopt;
+  return with_documents(
+      shard, first_shard_[domain] + place.shard,
+      [&place](const DocumentTable& table) { return table.find(place.token); });
+}
+
+void Corpus::hint(std::uint32_t domain, std::uint64_t window) const try {
+  const RowPlace place = locate(domain, window);
+  const Shard& shard = domains_[domain].shards[place.shard];
+  const std::uint32_t number = first_shard_[domain] + place.shard;
+  // A shard that has to be fetched first is asked for by reading it.
+  const OpenFile file =
+      shard.path.empty() ? files_->find<File>(number_of(Part::kTokens, number))
+                         : open(shard, number);
+  if (!file || !shard.packing.empty()) return;
+  const std::uint64_t begin = byte_of(shard, place.token);
+  const std::uint64_t end =
+      byte_of(shard, place.token + options_.seq_len) + shard.width;
+  if (begin < end) file->advise(begin, end - begin);
+} catch (const std::exception&) {
+  // The row itself will say what is wrong.
+}
+
+Corpus::Row Corpus::open_row(const RowRequest& request) const {
+  const RowPlace place = locate(request.domain, request.window);
+  const Shard& shard = domains_[request.domain].shards[place.shard];
+  const std::uint32_t number = first_shard_[request.domain] + place.shard;
+  return {{&shard, number, open(shard, number)}, place};
+}
+
+void Corpus::read_rows(std::span<const RowRequest> rows,
+                       Workspace& workspace) const {
+  if (rows.empty()) return;
+  Row next = open_row(rows.front());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const Row row = std::move(next);
+    if (i + 1 < rows.size()) {
+      next = open_row(rows[i + 1]);
+      prefetch(next);
+    }
+    read_row(row, rows[i].buffers, workspace);
+  }
+}
+
+// Brings a mapped row into the cache while the row before it is written.
+void Corpus::prefetch(const Row& row) const {
+  if (!row.open.file->is_mapped() || !is_read_in_place(row)) return;
+  const Shard& shard = *row.open.shard;
+  const std::uint64_t size = (options_.seq_len + 1) * shard.width;
+  const std::byte* at =
+      row.open.file->at(byte_of(shard, row.place.token), size);
+  for (std::uint64_t i = 0; i < size; i += kCacheLine) {
+    __builtin_prefetch(at + i);
+  }
+}
+
+// Else its tokens are gathered in the workspace first.
+bool Corpus::is_read_in_place(const Row& row) const {
+  const Shard& shard = *row.open.shard;
+  const Boundaries boundaries = options_.format.boundaries;
+  return row.open.file->is_mapped() && shard.is_one_run() &&
+         shard.checksums.empty() && shard.packing.empty() &&
+         boundaries != Boundaries::kAfterEot &&
+         boundaries != Boundaries::kAtEot;
+}
+
+void Corpus::read_row(const Row& row, const RowBuffers& buffers,
+                      Workspace& workspace) const {
+  const Shard& shard = *row.open.shard;
+  const std::uint64_t count = options_.seq_len + 1;
+  std::uint64_t largest = 0;
+  if (is_read_in_place(row)) {
+    const std::uint64_t offset = byte_of(shard, row.place.token);
+    const std::uint64_t size = count * shard.width;
+    const std::byte* ids = row.open.file->at(offset, size);
+    row.open.file->use(offset, size, [&, ids] {
+      largest = write_ids(ids, shard.width, buffers);
+    });
+  } else {
+    read_tokens(row.open, row.place.token, count, workspace);
+    largest = write_ids(workspace.tokens.data(), shard.width, buffers);
+  }
+  if (largest >= id_end(shard)) {
+    read_tokens(row.open, row.place.token, count, workspace);
+    throw_token_error(shard, row.place.token, workspace);
+  }
+  if (options_.format.boundaries != Boundaries::kNone) {
+    mark_documents(row, buffers, workspace);
+  }
+}
+
+// Tokens [first, first + count) of a shard to workspace.tokens, as they are.
+void Corpus::read_tokens(const OpenShard& open, std::uint64_t first,
+                         std::uint64_t count, Workspace& workspace) const {
+  const Shard& shard = *open.shard;
+  workspace.tokens.resize(count * shard.width);
+  const std::span<std::byte> tokens(workspace.tokens);
+  if (shard.is_one_run()) {
+    read_bytes(open, byte_of(shard, first), tokens, workspace);
+    return;
+  }
+  auto& ranges = workspace.ranges;
+  ranges.clear();
+  append_ranges(shard, first, count, ranges);
+  std::size_t done = 0;
+  for (std::size_t i = 0; i < ranges.size();) {
+    const std::uint64_t begin = ranges[i].begin;
+    std::uint64_t end = begin + ranges[i].size;
+    std::size_t behind = i + 1;
+    while (behind < ranges.size() && ranges[behind].begin >= end &&
+           ranges[behind].begin - end <= kGap) {
+      end = ranges[behind].begin + ranges[behind].size;
+      ++behind;
+    }
+    if (behind == i + 1) {
+      read_bytes(open, begin, tokens.subspan(done, ranges[i].size), workspace);
+      done += ranges[i++].size;
+      continue;
+    }
+    workspace.span.resize(end - begin);
+    read_bytes(open, begin, workspace.span, workspace);
+    for (; i < behind; ++i) {
+      std::memcpy(&tokens[done], &workspace.span[ranges[i].begin - begin],
+                  ranges[i].size);
+      done += ranges[i].size;
+    }
+  }
+}
+
+void Corpus::read_bytes(const OpenShard& open, std::uint64_t offset,
+                        std::span<std::byte> out, Workspace& workspace) const {
+  const std::string& path = open.shard->checksums;
+  if (path.empty()) {
+    open.file->read(offset, out);
+    return;
+  }
+  files_
+      ->get<Checksums>(
+          number_of(Part::kChecksums, open.number),
+          [&path] {
+            return std::make_shared<const Checksums>(
+                std::make_shared<const File>(path, "checksums " + path));
+          })
+      ->read(*open.file, offset, out, workspace.blocks);
+}
+
+std::uint64_t Corpus::write_ids(const std::byte* ids, std::size_t width,
+                                const RowBuffers& buffers) const {
+  const RowFormat& format = options_.format;
+  const Kernels& kernels = kernels_[std::countr_zero(width)];
+  const std::uint64_t n = options_.seq_len;
+  std::uint64_t largest = 0;
+  for (std::uint64_t i = 0; i < n; i += kIdsAtATime) {
+    const std::uint64_t some = std::min(kIdsAtATime, n - i);
+    const std::byte* from = ids + i * width;
+    std::byte* inputs = buffers.inputs + i * width_of(format.inputs);
+    largest = std::max(largest, kernels.largest(from, some + 1));
+    if (format.shared) {
+      kernels.inputs(from, some + 1, inputs);
+    } else {
+      kernels.inputs(from, some, inputs);
+      kernels.targets(from + width, some,
+                      buffers.targets + i * width_of(format.targets));
+    }
+  }
+  return largest;
+}
+
+void Corpus::mark_documents(const Row& row, const RowBuffers& buffers,
+                            Workspace& workspace) const {
+  const Shard& shard = *row.open.shard;
+  const RowFormat& format = options_.format;
+  const std::uint64_t first = row.place.token;
+  const std::uint64_t last = first + options_.seq_len;
+  auto& starts = workspace.starts;
+  starts.clear();
+  if (format.boundaries != Boundaries::kIndex) {
+    append_eot_starts(workspace.tokens.data(), shard.width,
+                      options_.seq_len + 1, format.eot,
+                      format.boundaries == Boundaries::kAtEot, starts);
+  } else if (shard.extents_are_documents) {
+    append_extent_starts(shard, first, last, starts);
+  } else {
+    with_documents(shard, row.open.number, [&](const DocumentTable& table) {
+      table.append_starts(first, last, starts);
+    });
+  }
+  write_documents(starts, options_.seq_len, format, buffers);
+}
+
+// Ids of a shard that can be used are below this.
+std::uint64_t Corpus::id_end(const Shard& shard) const {
+  if (!shard.is_signed) return id_end_;
+  return std::min(id_end_, std::uint64_t{1} << (8 * shard.width - 1));
+}
+
+// For workspace.tokens, the tokens of a shard from `first` on.
+void Corpus::throw_token_error(const Shard& shard, std::uint64_t first,
+                               const Workspace& workspace) const {
+  const std::uint64_t end = id_end(shard);
+  const std::uint64_t count = workspace.tokens.size() / shard.width;
+  std::uint64_t i = 0;
+  std::uint64_t id = 0;
+  while (i < count &&
+         (id = id_at(workspace.tokens.data(), shard.width, i)) < end) {
+    ++i;
+  }
+  if (i == count) {
+    throw ShardError("shard " + shard.name +
+                     " was written to while it was read; leave it alone");
+  }
+  const unsigned bits = 8 * shard.width;
+  const bool negative = shard.is_signed && id >> (bits - 1) != 0;
+  const std::string shown =
+      negative ? std::to_string(static_cast<std::int64_t>(id << (64 - bits)) >>
+                                (64 - bits))
+               : std::to_string(id);
+  std::string why;
+  if (negative) {
+    why = "ids count from 0";
+  } else if (options_.vocab_size > 0 && id >= options_.vocab_size) {
+    why = "the vocabulary has " + std::to_string(options_.vocab_size) + " ids";
+  } else {
+    why = "the type asked for holds only ids below " + std::to_string(id_end_);
+  }
+  throw TokenError("shard " + shard.name + " holds token id " + shown +
+                   " at token " + std::to_string(first + i) + " (byte " +
+                   std::to_string(byte_of(shard, first + i)) + "), but " + why +
+                   "; check the shard's dtype (" +
+                   (shard.is_signed ? "" : "u") + "int" + std::to_string(bits) +
+                   " here), its tokenizer, vocab_size and the type asked for");
 }
 
 }  // namespace mixloader

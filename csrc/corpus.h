@@ -3,98 +3,40 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <span>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
+#include "checksum.h"
+#include "documents.h"
 #include "file.h"
 #include "locations.h"
+#include "open_files.h"
+#include "row.h"
+#include "shard.h"
+#include "widen.h"
 
 namespace mixloader {
 
-// Ascending numbers in a file, little-endian; entry i stands for
-// (number - bias) / unit.
-struct NumberTable {
-  std::string path;          // empty: there is none
-  std::uint64_t offset = 0;  // of entry 0, bytes
-  std::uint64_t count = 0;
-  std::uint32_t width = 8;  // bytes an entry, 4 or 8
-  std::uint64_t bias = 0;
-  std::uint64_t unit = 1;
-};
-
-// Little-endian tokens in a file: one run, or extents with something else in
-// between, which windows read across.
-struct Shard {
-  std::string name;  // for messages: its path, or where it was fetched from
-  std::string path;  // on this machine; empty: see Locations
-  std::uint64_t offset = 0;  // of the first token, bytes
-  std::uint64_t tokens = 0;
-  std::uint32_t width = 2;  // bytes a token: 1, 2, 4 or 8
-  bool is_signed = false;
-  std::uint64_t windows = 0;  // rows that it gives in one epoch
-
-  // Extents of equal size: the i-th begins at offset + i * extent_stride.
-  // extent_tokens 0: one run.
-  std::uint64_t extent_tokens = 0;
-  std::uint64_t extent_stride = 0;
-  // Extents of any size, if not empty: tokens up to and including the i-th,
-  // and the byte where it begins. The caller keeps what they point to.
-  std::span<const std::uint64_t> extent_ends;
-  std::span<const std::uint64_t> extent_bytes;
-
-  NumberTable documents;  // tokens at which documents begin
-  std::string checksums;  // sidecar of block checksums; empty: none
-  std::string packing;    // sidecar of packed rows; empty: windows of tokens
-};
-
-struct Domain {
-  std::uint64_t key;  // of its permutations; depends on its name alone
-  std::vector<Shard> shards;
-};
-
-enum class TokenType { kInt64, kInt32, kUint16 };
-
-// Where documents begin: not asked, from the shard's table, after each
-// end-of-text token, or at each of them.
-enum class Boundaries { kNone, kIndex, kAfterEot, kAtEot };
-
-// What is written for each row.
-struct RowFormat {
-  TokenType inputs = TokenType::kInt64;
-  TokenType targets = TokenType::kInt64;
-  bool shared =
-      false;  // one buffer of seq_len + 1 tokens, no targets of its own
-  Boundaries boundaries = Boundaries::kNone;
-  std::uint64_t eot = 0;
-  bool mask_targets = false;  // -100 where a target begins another document
-};
-
-// A row's buffers of seq_len entries (inputs: one more if shared); positions
-// and documents may be null.
-struct RowBuffers {
-  std::byte* inputs;
-  std::byte* targets;
-  std::int64_t* positions;  // within the document
-  std::int32_t* documents;  // counted within the row, from 0
-};
-
-// Where the first token of a row stands.
+// Where a row stands.
 struct RowPlace {
-  std::uint32_t shard;  // within the domain
-  std::uint64_t token;  // within the shard
+  std::uint32_t shard;   // within the domain
+  std::uint64_t window;  // within the shard
+  std::uint64_t token;   // within the shard, its first; packed rows: 0
 };
 
-// How shards are read.
-enum class ReadMode { kPread, kMmap };
+// A row, and where it is to be written.
+struct RowRequest {
+  std::uint32_t domain;
+  std::uint64_t window;
+  RowBuffers buffers;
+};
 
 struct CorpusOptions {
   std::uint64_t seq_len = 0;
-  std::uint64_t vocab_size = 0;  // 0: token ids are not checked
+  std::uint64_t vocab_size = 0;  // 0: ids need only fit the output types
   RowFormat format;
   ReadMode mode = ReadMode::kPread;
 };
@@ -105,11 +47,17 @@ class Corpus {
  public:
   // What a thread keeps between rows.
   struct Workspace {
-    std::vector<std::byte> bytes;
+    std::vector<std::byte> tokens;      // of a row, as they are on the disk
+    std::vector<std::byte> span;        // several extents, with their gaps
+    std::vector<std::byte> blocks;      // that checksums cover
+    std::vector<ByteRange> ranges;      // of the file, where tokens lie
+    std::vector<std::uint64_t> starts;  // of documents, in the row
   };
 
   // Every domain has one window or more (the caller has checked). Files are
-  // opened when first read.
+  // opened when first read. Throws std::invalid_argument for shards and formats
+  // that could not be, ShardError for shards without the index of documents
+  // that is asked for.
   Corpus(std::vector<Domain> domains, CorpusOptions options);
 
   std::size_t domains() const { return domains_.size(); }
@@ -125,28 +73,80 @@ class Corpus {
   }
   Locations& locations() const { return *locations_; }
 
-  // Thread-safe. Throws ShardError and TokenError.
-  void read_row(std::uint32_t domain, std::uint64_t window,
-                const RowBuffers& row, Workspace& workspace) const;
+  // Thread-safe. Throws ShardError and TokenError; what was written of the row
+  // and of those behind it is then of no use.
+  void read_rows(std::span<const RowRequest> rows, Workspace& workspace) const;
+
+  // Asks for a row to be read from the disk soon, if its shard is here. Errors
+  // are left to read_rows.
+  void hint(std::uint32_t domain, std::uint64_t window) const;
+
+  // Forgets the open file of a shard: it is about to go, or to be replaced.
+  void close(std::uint32_t shard) const;
 
   RowPlace locate(std::uint32_t domain, std::uint64_t window) const;
 
+  // The document in which a row begins, if the shard has an index of them.
+  std::optional<DocumentPlace> document_at(std::uint32_t domain,
+                                           std::uint64_t window) const;
+
  private:
-  std::shared_ptr<const File> open(const Shard& shard,
-                                   std::uint32_t number) const;
+  using OpenFile = OpenFiles::Pin<File>;
+  struct OpenShard {
+    const Shard* shard;
+    std::uint32_t number;  // through all domains
+    OpenFile file;
+  };
+  // A row that is about to be read.
+  struct Row {
+    OpenShard open;
+    RowPlace place;
+  };
+
+  // What is open of a shard: see the numbers of OpenFiles.
+  enum class Part { kTokens, kDocuments, kChecksums, kParts };
+  std::size_t number_of(Part part, std::uint32_t shard) const {
+    return static_cast<std::size_t>(part) * shards_ + shard;
+  }
+  OpenFile open(const Shard& shard, std::uint32_t number) const;
+  Row open_row(const RowRequest& request) const;
+  // Calls use(table) with a shard's table of documents.
+  template <typename Use>
+  auto with_documents(const Shard& shard, std::uint32_t number, Use use) const;
+
+  void prefetch(const Row& row) const;
+  bool is_read_in_place(const Row& row) const;
+  void read_row(const Row& row, const RowBuffers& buffers,
+                Workspace& workspace) const;
+  void read_tokens(const OpenShard& open, std::uint64_t first,
+                   std::uint64_t count, Workspace& workspace) const;
+  void read_bytes(const OpenShard& open, std::uint64_t offset,
+                  std::span<std::byte> out, Workspace& workspace) const;
+  // Returns the largest id.
+  std::uint64_t write_ids(const std::byte* ids, std::size_t width,
+                          const RowBuffers& buffers) const;
+  void mark_documents(const Row& row, const RowBuffers& buffers,
+                      Workspace& workspace) const;
+  std::uint64_t id_end(const Shard& shard) const;
+  [[noreturn]] void throw_token_error(const Shard& shard, std::uint64_t first,
+                                      const Workspace& workspace) const;
+
+  // For ids of one width on the disk.
+  struct Kernels {
+    Largest largest;
+    Widen inputs;
+    Widen targets;
+  };
 
   std::vector<Domain> domains_;
   CorpusOptions options_;
+  std::uint64_t id_end_;          // ids that the options allow are below
+  std::vector<Kernels> kernels_;  // by the logarithm of the width
   std::vector<std::vector<std::uint64_t>> window_ends_;
   std::vector<std::uint32_t> first_shard_;
+  std::size_t shards_ = 0;
   std::unique_ptr<Locations> locations_;
-
-  // Open files, oldest first; a data set may have more shards than a process
-  // may have descriptors.
-  static constexpr std::size_t kOpenFiles = 256;
-  mutable std::mutex mutex_;
-  mutable std::unordered_map<const Shard*, std::shared_ptr<const File>> open_;
-  mutable std::deque<const Shard*> open_order_;
+  std::unique_ptr<OpenFiles> files_;
 };
 
 }  // namespace mixloader

@@ -12,7 +12,12 @@ struct ShardError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A token id outside the vocabulary.
+// No descriptor, or no mapping, is left to open a shard with: fewer may do.
+struct TooManyFiles : ShardError {
+  using ShardError::ShardError;
+};
+
+// A token id outside the vocabulary, or that the output type cannot hold.
 struct TokenError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

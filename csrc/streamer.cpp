@@ -1,30 +1,29 @@
 #include "streamer.h"
 
-#include <iterator>
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
-#include <string>
+#include <system_error>
 #include <utility>
-
-#include "error.h"
 
 namespace mixloader {
 
 Streamer::Streamer(std::unique_ptr<const Corpus> corpus, std::uint64_t seed,
                    Shuffle shuffle, PlanRules rules, Layout layout,
-                   std::vector<std::int64_t> units, unsigned threads)
+                   std::vector<std::int64_t> units, Threads threads)
     : corpus_(std::move(corpus)),
-      seed_(seed),
-      rules_(std::move(rules)),
-      layout_(layout) {
+      layout_(layout),
+      most_threads_(threads.most),
+      pace_(corpus_->options().seq_len),
+      read_ahead_(*corpus_, orders_, layout_),
+      timeline_(seed, std::move(rules), layout, corpus_->domains(),
+                std::move(units)) {
   for (std::uint32_t domain = 0; domain < corpus_->domains(); ++domain) {
-    orders_.emplace_back(seed_, corpus_->key(domain),
+    orders_.emplace_back(seed, corpus_->key(domain),
                          corpus_->window_ends(domain), shuffle);
   }
-  unplanned_.cursors.assign(corpus_->domains(), 0);
-  unplanned_.residuals.assign(corpus_->domains(), 0);
-  weights_.emplace(0, Weights{0, std::move(units)});
-  for (unsigned i = 0; i < threads; ++i) {
-    threads_.emplace_back([this](std::stop_token stop) { work(stop); });
+  for (unsigned i = 0; i < threads.first; ++i) {
+    threads_.emplace_back([this] { work(); });
   }
 }
 
@@ -38,221 +37,371 @@ void Streamer::stop() {
     threads.swap(threads_);
   }
   corpus_->locations().stop();
+  work_ready_.notify_all();
   batch_ready_.notify_all();
-  // The jthreads stop and join here, without the mutex.
+  // The threads are joined here, without the lock.
 }
 
 void Streamer::submit(BatchBuffers buffers) {
-  {
-    const std::lock_guard lock(mutex_);
-    slots_.push_back(std::make_shared<Slot>(Slot{buffers, {}, {}, {}}));
-  }
-  work_ready_.notify_one();
+  Lock lock(mutex_);
+  slots_.emplace_back().buffers = buffers;
+  const bool wake = worth_waking();
+  lock.unlock();
+  if (wake) work_ready_.notify_one();
 }
 
-std::optional<BatchPosition> Streamer::next(std::chrono::milliseconds timeout) {
-  std::unique_lock lock(mutex_);
-  if (slots_.empty()) throw std::logic_error("next() without buffers");
-  const auto done = [this] {
-    const Fill fill = slots_.front()->fill;
-    return stopped_ || fill == Fill::kReady || fill == Fill::kFailed;
-  };
-  Slot& slot = *slots_.front();
-  if (slot.fill == Fill::kFailed && !slot.error) {  // thrown before: try again
-    slot.fill = Fill::kEmpty;
-    work_ready_.notify_one();
-  }
-  if (threads_.empty() && !done()) fill_slot(lock, 0, own_workspace_);
-  if (!batch_ready_.wait_for(lock, timeout, done)) return std::nullopt;
-  if (stopped_) throw std::runtime_error("the loader is closed");
-
-  if (slot.fill == Fill::kFailed) {
-    std::rethrow_exception(std::exchange(slot.error, nullptr));
-  }
-  BatchPosition result = position(0);
-  result.weights_version = planned(result.step).weights_version;
-  slots_.pop_front();
-  if (++head_micro_batch_ == layout_.micro_batches) {
-    head_micro_batch_ = 0;
-    ++head_step_;
-    planned_.pop_front();
-    while (weights_.size() > 1 &&
-           std::next(weights_.begin())->first < head_step_) {
-      weights_.erase(weights_.begin());
+std::optional<Batch> Streamer::next(std::chrono::milliseconds timeout) {
+  Lock lock(mutex_);
+  const auto deadline = Clock::now() + timeout;
+  bool waited = false;
+  while (true) {
+    if (stopped_) throw std::runtime_error("the loader is closed");
+    if (slots_.empty()) throw std::logic_error("next() without buffers");
+    Slot& slot = slots_.front();
+    if (slot.fill == Slot::Fill::kReady) break;
+    if (slot.fill == Slot::Fill::kEnd) return Batch{.end = true};
+    if (slot.fill == Slot::Fill::kFailed) {
+      if (slot.error) std::rethrow_exception(std::exchange(slot.error, {}));
+      slot.fill = Slot::Fill::kEmpty;  // thrown before: try again
     }
+    if (Clock::now() >= deadline) return std::nullopt;
+    if (!std::exchange(waited, true)) {
+      if (pace_.slow()) add_threads();
+      wake_one();
+    }
+    if (!help(lock, deadline)) batch_ready_.wait_until(lock, deadline);
   }
-  return result;
+  const Slot& slot = slots_.front();
+  const auto [step, micro_batch] = timeline_.place(0);
+  const Batch batch{false, step, micro_batch, slot.version, slot.number};
+  slots_.pop_front();
+  timeline_.advance();
+  return batch;
+}
+
+std::optional<std::uint64_t> Streamer::peek() const {
+  const std::lock_guard lock(mutex_);
+  if (slots_.empty() || slots_.front().fill != Slot::Fill::kReady) return {};
+  return slots_.front().number;
 }
 
 std::uint64_t Streamer::set_weights(std::vector<std::int64_t> units,
                                     std::optional<std::uint64_t> step) {
-  std::uint64_t effect;
-  {
-    const std::lock_guard lock(mutex_);
-    effect = step.value_or(first_open_step());
-    if (effect < first_open_step()) {
-      throw WeightsError("step " + std::to_string(effect) +
-                         " has begun; weights can change from step " +
-                         std::to_string(first_open_step()) + " on");
-    }
-    forget_plans_from(effect);
-    weights_.insert_or_assign(effect, Weights{++version_, std::move(units)});
-  }
-  work_ready_.notify_all();
+  const std::lock_guard lock(mutex_);
+  const auto effect = step.value_or(timeline_.first_open_step());
+  timeline_.set_weights(std::move(units), effect);
+  refill_from(effect);
   return effect;
+}
+
+std::uint64_t Streamer::skip(std::uint64_t n) {
+  const std::lock_guard lock(mutex_);
+  timeline_.skip(n);
+  refill_from(0);
+  return timeline_.first_open_step();
 }
 
 std::uint64_t Streamer::step() const {
   const std::lock_guard lock(mutex_);
-  return first_open_step();
+  return timeline_.first_open_step();
 }
 
 std::vector<std::int64_t> Streamer::weights_at(std::uint64_t step) const {
   const std::lock_guard lock(mutex_);
-  if (step < head_step_) {
-    throw WeightsError("step " + std::to_string(step) +
-                       " has passed; the weights of past steps are in the run "
-                       "record");
-  }
-  return weights_in_force(step).units;
+  return *timeline_.weights_at(step).units;
 }
 
 StreamState Streamer::state() const {
   const std::lock_guard lock(mutex_);
-  return {planned_.empty() ? unplanned_ : planned_.front().before,
-          head_micro_batch_ * layout_.world_size * layout_.batch_size, version_,
-          weights_};
+  return timeline_.state();
 }
 
 void Streamer::load_state(StreamState state) {
-  const std::uint64_t rows = layout_.world_size * layout_.batch_size;
-  if (state.rows % rows != 0) {
-    throw StateError(
-        "the state was saved " + std::to_string(state.rows) +
-        " rows into a step, which is no whole number of micro-batches of " +
-        std::to_string(rows) +
-        " rows over all ranks; resume with the layout of the run that saved "
-        "it, or save between steps");
-  }
+  const std::lock_guard lock(mutex_);
+  timeline_.load_state(std::move(state));
+  refill_from(0);
+}
+
+std::vector<ShardAhead> Streamer::upcoming(std::uint64_t limit) const {
+  std::shared_ptr<const PlanState> here;
+  std::vector<std::int64_t> weights;
   {
     const std::lock_guard lock(mutex_);
-    forget_plans_from(0);
-    head_step_ = state.plan.step;
-    head_micro_batch_ = state.rows / rows;
-    version_ = state.version;
-    weights_ = std::move(state.weights);
-    unplanned_ = std::move(state.plan);
+    here = timeline_.here();
+    weights = timeline_.effective_units();
   }
-  work_ready_.notify_all();
-}
-
-BatchPosition Streamer::position(std::size_t slot_index) const {
-  const std::uint64_t micro_batch = head_micro_batch_ + slot_index;
-  return {false, head_step_ + micro_batch / layout_.micro_batches,
-          micro_batch % layout_.micro_batches, 0};
-}
-
-const Streamer::PlannedStep& Streamer::planned(std::uint64_t step) {
-  while (head_step_ + planned_.size() <= step) {
-    const Weights& weights = weights_in_force(unplanned_.step);
-    PlanState before = unplanned_;
-    auto rows = plan_step(seed_, layout_.step_rows(), weights.units, rules_,
-                          unplanned_);
-    planned_.push_back(
-        {std::move(before),
-         std::make_shared<const std::vector<PlannedRow>>(std::move(*rows)),
-         weights.version});
-  }
-  return planned_[step - head_step_];
-}
-
-const Weights& Streamer::weights_in_force(std::uint64_t step) const {
-  return std::prev(weights_.upper_bound(step))->second;
-}
-
-std::uint64_t Streamer::first_open_step() const {
-  return head_step_ + (head_micro_batch_ > 0 ? 1 : 0);
-}
-
-// What was planned, filled or being filled for `step` and after is done again.
-void Streamer::forget_plans_from(std::uint64_t step) {
-  while (!planned_.empty() && planned_.back().before.step >= step) {
-    unplanned_ = std::move(planned_.back().before);
-    planned_.pop_back();
-  }
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = *slots_[i];
-    if (position(i).step < step) continue;
-    if (slot.fill == Fill::kFilling) {
-      slot.stale = true;
-    } else {
-      slot.fill = Fill::kEmpty;
+  const Locations& locations = corpus_->locations();
+  std::vector<ShardAhead> result;
+  for (std::uint32_t domain = 0; domain < orders_.size(); ++domain) {
+    const auto units = static_cast<double>(weights[domain]);
+    WindowOrder::Cache cache;
+    for (const auto& [draws, shard] :
+         orders_[domain].upcoming(here->cursors[domain], limit, cache)) {
+      const std::uint32_t number = corpus_->first_shard(domain) + shard;
+      if (!locations.fetched(number)) continue;
+      const double rows = units > 0
+                              ? static_cast<double>(draws) * kWeightOne / units
+                              : std::numeric_limits<double>::infinity();
+      result.push_back({rows, number});
     }
   }
+  std::stable_sort(
+      result.begin(), result.end(),
+      [](const auto& a, const auto& b) { return a.rows < b.rows; });
+  if (result.size() > limit) result.resize(limit);
+  return result;
 }
 
-void Streamer::fill_slot(std::unique_lock<std::mutex>& lock,
-                         std::size_t slot_index, Workspace& workspace) {
-  const std::shared_ptr<Slot> slot = slots_[slot_index];
-  const BatchPosition where = position(slot_index);
-  slot->fill = Fill::kFilling;
+// One piece of work on a slot, if there is any: its step's plan, or some of its
+// rows.
+bool Streamer::work_on(Slot& slot, std::size_t index, Lock& lock,
+                       Workspace& workspace) {
+  if (slot.fill == Slot::Fill::kEmpty) {
+    const auto [step, micro_batch] = timeline_.place(index);
+    const StepPlan* plan = timeline_.planned(step);
+    if (plan) {
+      begin_fill(slot, *plan, micro_batch);
+    } else if (timeline_.ended(step)) {
+      slot.fill = Slot::Fill::kEnd;
+      batch_ready_.notify_all();
+    } else if (planning_) {
+      return false;
+    } else {
+      plan_for(slot, lock);
+    }
+    return true;
+  }
+  if (!unclaimed(slot)) return false;
+  write_some(slot, lock, workspace);
+  return true;
+}
+
+// The caller, who would only wait, works on the oldest slot. It may not be kept
+// from its signals: shards that must be fetched are for threads, if there are
+// any, to wait for.
+bool Streamer::help(Lock& lock, Clock::time_point deadline) {
+  Locations& locations = corpus_->locations();
+  if (helping_ || (locations.any_fetched() && !threads_.empty())) return false;
+  struct Helping {
+    Streamer& self;
+    Lock& lock;
+    ~Helping() {
+      if (!lock.owns_lock()) lock.lock();
+      self.helping_ = false;
+    }
+  } const helping{*this, lock};
+  helping_ = true;
+  Slot& slot = slots_.front();
+  if (locations.any_fetched() && unclaimed(slot) && slot.rows) {
+    const PlannedRows rows = slot.rows;
+    const std::uint64_t first = first_row(slot);
+    const Claim claim = next_claim(slot);
+    lock.unlock();
+    for (std::uint64_t i = 0; i < claim.count; ++i) {
+      const auto left =
+          std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now());
+      const auto shard =
+          shard_of((*rows)[first + claim.first + i], caller_workspace_);
+      if (!locations.wait_for(shard, left)) return false;
+    }
+    lock.lock();
+    if (slot.rows != rows) return true;  // refilled in between
+  }
+  return work_on(slot, 0, lock, caller_workspace_);
+}
+
+void Streamer::plan_for(Slot& slot, Lock& lock) {
+  planning_ = true;
+  StepPlan plan = timeline_.begin_plan();
+  const bool ahead = pace_.ahead();
+  const std::uint64_t queue =
+      slots_.size() * layout_.batch_size * layout_.world_size;
+  lock.unlock();
   std::exception_ptr error;
   try {
-    const auto rows = planned(where.step).rows;
-    lock.unlock();
-    write_batch(*rows, where.micro_batch, slot->buffers, workspace);
+    timeline_.run_plan(plan);
+    if (ahead && plan.after) read_ahead_.ask(plan, queue);
   } catch (...) {
     error = std::current_exception();
   }
-  if (!lock.owns_lock()) lock.lock();
-  if (std::exchange(slot->stale, false)) {
-    slot->fill = Fill::kEmpty;
+  lock.lock();
+  planning_ = false;
+  if (error) {
+    slot.fill = Slot::Fill::kFailed;
+    slot.error = error;
   } else {
-    slot->fill = error ? Fill::kFailed : Fill::kReady;
-    slot->error = std::move(error);
+    timeline_.finish_plan(std::move(plan));
+  }
+  batch_ready_.notify_all();
+}
+
+void Streamer::begin_fill(Slot& slot, const StepPlan& plan,
+                          std::uint64_t micro_batch) {
+  slot.fill = Slot::Fill::kFilling;
+  slot.number = ++fills_;
+  slot.version = plan.weights.version;
+  slot.micro_batch = micro_batch;
+  slot.rows = plan.rows;
+  slot.claimed = slot.written = 0;
+}
+
+std::uint64_t Streamer::first_row(const Slot& slot) const {
+  return (slot.micro_batch * layout_.world_size + layout_.rank) *
+         layout_.batch_size;
+}
+
+Streamer::Claim Streamer::next_claim(const Slot& slot) const {
+  return {slot.claimed,
+          std::min(pace_.chunk(), layout_.batch_size - slot.claimed)};
+}
+
+void Streamer::write_some(Slot& slot, Lock& lock, Workspace& workspace) {
+  const Claim claim = next_claim(slot);
+  slot.claimed += claim.count;
+  ++slot.writers;
+  const PlannedRows rows = slot.rows;
+  const std::uint64_t first = first_row(slot);
+  const BatchBuffers buffers = slot.buffers;
+  wake_one();  // who wakes the next in turn, while there is work
+  lock.unlock();
+  std::exception_ptr error;
+  const auto start = Clock::now();
+  try {
+    write_rows(*rows, first, claim, buffers, workspace);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  const auto time = Clock::now() - start;
+  lock.lock();
+  pace_.record(time, claim.count);
+  finish(slot, claim, std::move(error));
+}
+
+void Streamer::finish(Slot& slot, Claim claim, std::exception_ptr error) {
+  --slot.writers;
+  slot.written += claim.count;
+  // Rows are claimed in order and none after an error, so the first of a batch
+  // is among those that come.
+  if (error && (!slot.error || claim.first < slot.error_row)) {
+    slot.error = std::move(error);
+    slot.error_row = claim.first;
+  }
+  if (slot.writers == 0 && slot.stale) {
+    empty(slot);
+  } else if (slot.writers == 0 && slot.error) {
+    slot.fill = Slot::Fill::kFailed;
+  } else if (!slot.error && slot.written == layout_.batch_size) {
+    slot.fill = Slot::Fill::kReady;
+  }
+  if (slot.fill != Slot::Fill::kFilling) batch_ready_.notify_all();
+}
+
+// What was filled, or is being filled, for `step` and after is filled anew.
+void Streamer::refill_from(std::uint64_t step) {
+  for (std::size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
+    if (timeline_.place(i).step < step) continue;
+    if (slot.writers > 0) {
+      slot.stale = true;
+    } else {
+      empty(slot);
+    }
+  }
+  wake_one();
+}
+
+void Streamer::empty(Slot& slot) {
+  slot.fill = Slot::Fill::kEmpty;
+  slot.stale = false;
+  slot.rows = nullptr;
+  slot.error = nullptr;
+}
+
+bool Streamer::unclaimed(const Slot& slot) const {
+  if (slot.fill == Slot::Fill::kEmpty) return true;
+  return slot.fill == Slot::Fill::kFilling && !slot.stale && !slot.error &&
+         slot.claimed < layout_.batch_size;
+}
+
+// To wake a thread costs the caller more than all else. While storage keeps up
+// it is done for several batches at once.
+bool Streamer::worth_waking() const {
+  if (idle_ == 0) return false;
+  const auto work =
+      std::count_if(slots_.begin(), slots_.end(),
+                    [this](const Slot& slot) { return unclaimed(slot); });
+  return pace_.ahead() ? work > 0
+                       : 2 * static_cast<std::size_t>(work) >= slots_.size();
+}
+
+void Streamer::wake_one() {
+  if (idle_ == 0) return;
+  if (std::any_of(slots_.begin(), slots_.end(),
+                  [this](const Slot& slot) { return unclaimed(slot); })) {
+    work_ready_.notify_one();
   }
 }
 
-void Streamer::write_batch(const std::vector<PlannedRow>& rows,
-                           std::uint64_t micro_batch,
-                           const BatchBuffers& buffers,
-                           Workspace& workspace) const {
+void Streamer::add_threads() {
+  const std::size_t rows = slots_.size() * layout_.batch_size;
+  const std::size_t wanted =
+      std::min({2 * threads_.size(), std::size_t{most_threads_}, rows});
+  try {
+    while (threads_.size() < wanted) {
+      threads_.emplace_back([this] { work(); });
+    }
+  } catch (const std::system_error&) {
+    // The machine allows no more; those that there are do.
+  }
+}
+
+void Streamer::work() {
+  Workspace workspace;
+  Lock lock(mutex_);
+  while (!stopped_) {
+    bool worked = false;
+    for (std::size_t i = 0; i < slots_.size() && !worked; ++i) {
+      worked = work_on(slots_[i], i, lock, workspace);
+    }
+    if (worked) continue;
+    ++idle_;
+    work_ready_.wait(lock);
+    --idle_;
+  }
+}
+
+std::uint64_t Streamer::window_of(const PlannedRow& row,
+                                  Workspace& workspace) const {
   workspace.orders.resize(corpus_->domains());
-  const std::uint64_t first =
-      (micro_batch * layout_.world_size + layout_.rank) * layout_.batch_size;
+  return orders_[row.domain].window(row.draw, workspace.orders[row.domain]);
+}
+
+std::uint32_t Streamer::shard_of(const PlannedRow& row,
+                                 Workspace& workspace) const {
+  const std::uint64_t window = window_of(row, workspace);
+  return corpus_->first_shard(row.domain) +
+         corpus_->locate(row.domain, window).shard;
+}
+
+void Streamer::write_rows(const std::vector<PlannedRow>& rows,
+                          std::uint64_t first, Claim claim,
+                          const BatchBuffers& buffers,
+                          Workspace& workspace) const {
   const std::uint64_t rows_here = layout_.batch_size;
   const auto part = [rows_here](auto span, std::uint64_t i) {
     return span.empty() ? nullptr : span.data() + i * (span.size() / rows_here);
   };
-  for (std::uint64_t i = 0; i < rows_here; ++i) {
-    const auto [domain, draw] = rows[first + i];
-    const std::uint64_t window =
-        orders_[domain].window(draw, workspace.orders[domain]);
-    corpus_->read_row(domain, window,
-                      {part(buffers.inputs, i), part(buffers.targets, i),
-                       part(buffers.positions, i), part(buffers.documents, i)},
-                      workspace.corpus);
-    buffers.domains[i] = domain;
+  workspace.rows.clear();
+  for (std::uint64_t i = claim.first; i < claim.first + claim.count; ++i) {
+    const PlannedRow& row = rows[first + i];
+    workspace.rows.push_back(
+        {row.domain,
+         window_of(row, workspace),
+         {part(buffers.inputs, i), part(buffers.targets, i),
+          part(buffers.positions, i), part(buffers.documents, i)}});
+    buffers.domains[i] = row.domain;
   }
-}
-
-void Streamer::work(std::stop_token stop) {
-  Workspace workspace;
-  std::unique_lock lock(mutex_);
-  while (true) {
-    std::size_t next_empty = 0;
-    work_ready_.wait(lock, stop, [&] {
-      next_empty = 0;
-      while (next_empty < slots_.size() &&
-             slots_[next_empty]->fill != Fill::kEmpty) {
-        ++next_empty;
-      }
-      return next_empty < slots_.size();
-    });
-    if (stop.stop_requested()) return;
-    fill_slot(lock, next_empty, workspace);
-    batch_ready_.notify_one();
-  }
+  corpus_->read_rows(workspace.rows, workspace.corpus);
 }
 
 }  // namespace mixloader

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -17,22 +16,11 @@
 
 #include "corpus.h"
 #include "order.h"
-#include "planner.h"
+#include "pace.h"
+#include "read_ahead.h"
+#include "timeline.h"
 
 namespace mixloader {
-
-// How the rows of a plan step are dealt out: row r of micro-batch m on rank k
-// is row (m * world_size + k) * batch_size + r of the step.
-struct Layout {
-  std::uint64_t batch_size;
-  std::uint64_t micro_batches;  // gradient accumulation steps
-  std::uint64_t world_size;
-  std::uint64_t rank;
-
-  std::uint64_t step_rows() const {
-    return batch_size * micro_batches * world_size;
-  }
-};
 
 // Buffers of one micro-batch of B rows of T tokens. inputs [B, T], or [B, T +
 // 1] if inputs and targets share it; targets [B, T]; domains [B]; positions and
@@ -45,34 +33,34 @@ struct BatchBuffers {
   std::span<std::int32_t> documents;
 };
 
-struct BatchPosition {
+// A batch handed over.
+struct Batch {
   bool end = false;  // the stream has ended: there is no batch
   std::uint64_t step = 0;
   std::uint64_t micro_batch = 0;
   std::uint64_t weights_version = 0;
+  std::uint64_t fill = 0;  // see peek()
 };
 
-// Integer weights from some step on, until the next change.
-struct Weights {
-  std::uint64_t version;
-  std::vector<std::int64_t> units;
+// Threads that read. `most` above `first`: more are started when the consumer
+// waits for storage. 0: batches are filled by the thread that calls next().
+struct Threads {
+  unsigned first;
+  unsigned most;
 };
 
-// Where a stream stands: what was consumed, not what was read ahead.
-struct StreamState {
-  PlanState plan;             // as it was before the step that is under way
-  std::uint64_t rows = 0;     // rows of that step consumed, over all ranks
-  std::uint64_t version = 0;  // weight changes asked for so far
-  // By step: those that the last step drawn had, in force now, and to come.
-  std::map<std::uint64_t, Weights> weights;
+// A shard that will be needed, and how many rows (of all ranks) ahead; infinite
+// for a domain that has no weight.
+struct ShardAhead {
+  double rows;
+  std::uint32_t shard;
 };
 
 class Streamer {
  public:
-  // threads 0: batches are filled by the thread that calls next().
   Streamer(std::unique_ptr<const Corpus> corpus, std::uint64_t seed,
            Shuffle shuffle, PlanRules rules, Layout layout,
-           std::vector<std::int64_t> units, unsigned threads);
+           std::vector<std::int64_t> units, Threads threads);
   ~Streamer();
   Streamer(const Streamer&) = delete;
   Streamer& operator=(const Streamer&) = delete;
@@ -82,14 +70,24 @@ class Streamer {
   void submit(BatchBuffers buffers);
 
   // Waits up to `timeout` for the batch in the oldest buffers, and gives them
-  // up. An error that hit this batch is thrown here; the batch stays next, and
-  // the following call reads it anew. nullopt: not ready yet.
-  std::optional<BatchPosition> next(std::chrono::milliseconds timeout);
+  // up, unless the stream has ended. An error that hit this batch is thrown
+  // here; the batch stays next, and the following call reads it anew. nullopt:
+  // not ready yet. With a timeout of zero it only looks, and reads nothing.
+  std::optional<Batch> next(std::chrono::milliseconds timeout);
+
+  // The number of the fill in the oldest buffers, if they are ready. No two
+  // fills have the same: if the next() that follows returns another, a change
+  // of weights or of state had the buffers filled anew.
+  std::optional<std::uint64_t> peek() const;
 
   // Changes the mixture from `step` on, or from the first step not begun.
   // Returns that step. Throws WeightsError if `step` has begun.
   std::uint64_t set_weights(std::vector<std::int64_t> units,
                             std::optional<std::uint64_t> step);
+
+  // Passes over n steps unread, fewer where the stream ends; returns the step
+  // that is next. Throws StateError inside a step.
+  std::uint64_t skip(std::uint64_t n);
 
   // The first step not begun, and the weights of any step from there on.
   std::uint64_t step() const;
@@ -98,62 +96,90 @@ class Streamer {
   StreamState state() const;
   void load_state(StreamState state);
 
+  // The shards to fetch that the stream needs next, `limit` at most, as things
+  // stand: soonest first.
+  std::vector<ShardAhead> upcoming(std::uint64_t limit) const;
+
   const Corpus& corpus() const { return *corpus_; }
 
   // Ends and joins the threads; a next() that waits, and any later one, throws.
   void stop();
 
  private:
-  enum class Fill { kEmpty, kFilling, kReady, kFailed };
+  using Clock = std::chrono::steady_clock;
+
+  // Buffers, and how far they are filled. Rows are claimed in order, some at a
+  // time, by whichever threads are free.
   struct Slot {
+    enum class Fill { kEmpty, kFilling, kReady, kFailed, kEnd };
     BatchBuffers buffers;
     Fill fill = Fill::kEmpty;
-    bool stale = false;  // its contents were planned with old weights
-    std::exception_ptr error;
+    std::uint64_t number = 0;  // of this fill
+    std::uint64_t version = 0;
+    std::uint64_t micro_batch = 0;
+    PlannedRows rows;  // of the step
+    std::uint64_t claimed = 0;
+    std::uint64_t written = 0;
+    unsigned writers = 0;  // threads at work on it
+    bool stale = false;    // planned with old weights: empty when they are done
+    std::uint64_t error_row = 0;
+    std::exception_ptr error;  // of the first row that has one
   };
-  struct PlannedStep {
-    PlanState before;
-    std::shared_ptr<const std::vector<PlannedRow>> rows;
-    std::uint64_t weights_version;
-  };
-  // The worker's own: orders in use and the buffer that reads go to.
+  // A thread's own: orders in use and what reads need.
   struct Workspace {
     std::vector<WindowOrder::Cache> orders;
+    std::vector<RowRequest> rows;
     Corpus::Workspace corpus;
   };
+  struct Claim {
+    std::uint64_t first;
+    std::uint64_t count;
+  };
+  using Lock = std::unique_lock<std::mutex>;
 
-  // All below are called with the mutex held.
-  BatchPosition position(std::size_t slot_index) const;
-  const PlannedStep& planned(std::uint64_t step);
-  const Weights& weights_in_force(std::uint64_t step) const;
-  std::uint64_t first_open_step() const;
-  void forget_plans_from(std::uint64_t step);
-  void fill_slot(std::unique_lock<std::mutex>& lock, std::size_t slot_index,
-                 Workspace& workspace);
+  // All below are called with the lock held; those that take it let go of it
+  // while they plan, read or wait.
+  bool work_on(Slot& slot, std::size_t index, Lock& lock, Workspace& workspace);
+  bool help(Lock& lock, Clock::time_point deadline);
+  void plan_for(Slot& slot, Lock& lock);
+  void begin_fill(Slot& slot, const StepPlan& plan, std::uint64_t micro_batch);
+  std::uint64_t first_row(const Slot& slot) const;  // within its step
+  Claim next_claim(const Slot& slot) const;
+  void write_some(Slot& slot, Lock& lock, Workspace& workspace);
+  void finish(Slot& slot, Claim claim, std::exception_ptr error);
+  void refill_from(std::uint64_t step);
+  void empty(Slot& slot);
+  bool unclaimed(const Slot& slot) const;
+  bool worth_waking() const;
+  void wake_one();
+  void add_threads();
+  void work();
 
-  void write_batch(const std::vector<PlannedRow>& rows,
-                   std::uint64_t micro_batch, const BatchBuffers& buffers,
-                   Workspace& workspace) const;
-  void work(std::stop_token stop);
+  // Without the lock.
+  std::uint64_t window_of(const PlannedRow& row, Workspace& workspace) const;
+  std::uint32_t shard_of(const PlannedRow& row, Workspace& workspace) const;
+  void write_rows(const std::vector<PlannedRow>& rows, std::uint64_t first,
+                  Claim claim, const BatchBuffers& buffers,
+                  Workspace& workspace) const;
 
   const std::unique_ptr<const Corpus> corpus_;
-  const std::uint64_t seed_;
-  const PlanRules rules_;
   const Layout layout_;
+  const unsigned most_threads_;
   std::vector<WindowOrder> orders_;
 
   mutable std::mutex mutex_;
-  std::condition_variable_any work_ready_;
-  std::condition_variable batch_ready_;
+  std::condition_variable work_ready_;   // for threads_
+  std::condition_variable batch_ready_;  // for callers of next()
   bool stopped_ = false;
-  std::uint64_t head_step_ = 0;         // of the oldest slot
-  std::uint64_t head_micro_batch_ = 0;  // of the oldest slot
-  std::uint64_t version_ = 0;
-  std::map<std::uint64_t, Weights> weights_;
-  PlanState unplanned_;              // before the first step not in planned_
-  std::deque<PlannedStep> planned_;  // head_step_, head_step_ + 1, ...
-  std::deque<std::shared_ptr<Slot>> slots_;
-  Workspace own_workspace_;
+  unsigned idle_ = 0;      // threads that wait for work_ready_
+  bool planning_ = false;  // some thread draws the next plan
+  bool helping_ = false;   // some caller has caller_workspace_
+  std::uint64_t fills_ = 0;
+  Pace pace_;
+  ReadAhead read_ahead_;  // used while planning_
+  Timeline timeline_;
+  std::deque<Slot> slots_;  // oldest first; references outlive push and pop
+  Workspace caller_workspace_;
   std::vector<std::jthread> threads_;  // last: they use all of the above
 };
 

@@ -11,6 +11,14 @@ WEIGHT_ONE: int
 
 def philox(key: int, counter: Sequence[int]) -> list[int]: ...
 def permute(seed: int, domain_key: int, epoch: int, n: int, index: int) -> int: ...
+def quantize(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]: ...
+def xxh64(data: bytes, seed: int = 0) -> int: ...
+def write_checksums(path: str, sidecar: str, block_bytes: int = 4096) -> None: ...
+def verify(path: str, sidecar: str) -> None: ...
+def _fail_io(
+    call: str, *, nth: int = 1, times: int = 1, error: int = 0, is_short: bool = False, delay_ms: int = 0
+) -> None: ...
+def _heal_io() -> int: ...
 
 class TokenType(Enum):
     INT64 = ...
@@ -27,6 +35,42 @@ class Sampling(Enum):
     QUOTA = ...
     MULTINOMIAL = ...
     EXACT = ...
+
+class Planner:
+    """The plan of a stream, without its data: reference.ReferenceStream, fast."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        keys: Sequence[int],
+        windows: Sequence[Sequence[int]],
+        rows: int,
+        units: npt.NDArray[np.int64],
+        shuffle: bool = True,
+        shuffle_shards: int = 0,
+        sampling: Sampling = Sampling.QUOTA,
+        limits: Sequence[int] = (),
+        stop_at_limit: bool = False,
+    ) -> None: ...
+    def plan(self, steps: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """(domain, draw, window), each [steps, rows], of the next steps; fewer where the stream ends."""
+
+    def skip(self, steps: int) -> int:
+        """Advance without looking; returns the steps done, fewer where the stream ends."""
+
+    def set_weights(self, units: npt.NDArray[np.int64]) -> None:
+        """Integer weights from the next step on."""
+
+    def effective_units(self) -> npt.NDArray[np.int64]:
+        """int64 [D]: the weights that the next step begins with, of the domains that have draws left."""
+
+    def window(self, domain: int, draw: int) -> int: ...
+    def upcoming(self, domain: int, draw: int, limit: int) -> list[tuple[int, int]]:
+        """(draws ahead, shard) of the shards that the draws from `draw` on need, each once."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 class Streamer:
     def __init__(
@@ -53,8 +97,13 @@ class Streamer:
         world_size: int,
         rank: int,
         units: npt.NDArray[np.int64],
-        threads: int,
-    ) -> None: ...
+        threads: int | None,
+    ) -> None:
+        """threads: None leaves their number to the core, which adds some when reads are slow; 0 reads in next()."""
+
+    def buffers(self) -> tuple[npt.NDArray[Any] | None, ...]:
+        """What submit() takes, in recycled memory: it goes back when the last array or view of it dies."""
+
     def submit(
         self,
         inputs: npt.NDArray[Any],
@@ -63,10 +112,35 @@ class Streamer:
         positions: npt.NDArray[np.int64] | None = None,
         documents: npt.NDArray[np.int32] | None = None,
     ) -> None: ...
-    def next(self) -> tuple[int, int, int] | None: ...
+    def next(self) -> tuple[int, int, int, bool, int] | None:
+        """(step, micro-batch, weights version, had to wait, fill number); None where the stream ends.
+
+        At the end no buffers are given up; set_weights, skip and load_state may find more of the stream.
+        """
+
+    def peek(self) -> int | None:
+        """The fill number of the oldest buffers, if they are ready; it changes when they are filled anew."""
+
     def set_weights(self, units: npt.NDArray[np.int64], step: int | None = None) -> int: ...
+    def skip(self, n: int) -> int:
+        """Pass over n steps, fewer where the stream ends; returns the next. Raises StateError inside a step."""
+
     def step(self) -> int: ...
+    def locate(self, domain: int, window: int) -> tuple[int, int, int | None, int | None]: ...
     def weights_at(self, step: int) -> npt.NDArray[np.int64]: ...
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
+    def provide(self, shard: int, path: str) -> None:
+        """Shards are numbered through all domains; one that had no path to begin with is now here."""
+
+    def fail(self, shard: int, message: str) -> None:
+        """Those who wait for a shard get a ShardError; the next next() asks for it again."""
+
+    def withdraw(self, shard: int) -> None: ...
+    def wanted(self, timeout_ms: int) -> list[int]:
+        """Shards that readers wait for; returns as soon as one asks anew, else after the timeout."""
+
+    def upcoming(self, limit: int) -> list[tuple[float, int]]:
+        """(rows ahead over all ranks, shard) of the shards to fetch that the stream needs next, soonest first."""
+
     def close(self) -> None: ...

@@ -142,7 +142,7 @@ class MixLoader:
             position = self._core.next()
             if position is None:
                 raise StopIteration
-            step, micro_step, version = position
+            step, micro_step, version, _, _ = position
             tokens, domain_ids = self._buffers.popleft()
             self._submit()
             self._advance(step, micro_step + 1)

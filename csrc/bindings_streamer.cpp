@@ -1,0 +1,480 @@
+// The streamer for Python.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <tuple>
+
+#include "bindings.h"
+#include "buffers.h"
+#include "streamer.h"
+
+namespace mixloader {
+namespace {
+
+using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
+// (key, shards): see Domain. A shard is a dict of Shard's fields; those it does
+// not have keep their defaults.
+using DomainTuple = std::pair<std::uint64_t, std::vector<py::dict>>;
+
+// A buffer of so many bytes; 0: none is asked for.
+std::span<std::byte> writable_bytes(const py::object& object,
+                                    std::size_t bytes) {
+  if (bytes == 0) {
+    if (object.is_none()) return {};
+    throw py::value_error("a buffer was given that the format does not use");
+  }
+  if (!py::isinstance<py::array>(object)) {
+    throw py::value_error("a buffer that the format needs is no array");
+  }
+  auto array = py::reinterpret_borrow<py::array>(object);
+  if (!(array.flags() & py::array::c_style) ||
+      static_cast<std::size_t>(array.nbytes()) != bytes) {
+    throw py::value_error("a buffer is no contiguous array of " +
+                          std::to_string(bytes) + " bytes");
+  }
+  return {static_cast<std::byte*>(array.mutable_data()), bytes};
+}
+
+template <typename T>
+std::span<T> writable(const py::object& object, std::size_t bytes) {
+  if (bytes > 0 && !py::isinstance<py::array_t<T>>(object)) {
+    throw py::value_error("a buffer is no array of its type");
+  }
+  const auto raw = writable_bytes(object, bytes);
+  return {reinterpret_cast<T*>(raw.data()), raw.size() / sizeof(T)};
+}
+
+std::vector<std::int64_t> to_vector(const Int64Array& array) {
+  return {array.data(), array.data() + array.size()};
+}
+
+template <typename T>
+void take(const py::dict& dict, const char* key, T& field) {
+  if (dict.contains(key)) field = dict[key].cast<T>();
+}
+
+std::span<const std::uint64_t> view(const py::dict& dict, const char* key) {
+  if (!dict.contains(key)) return {};
+  if (!py::isinstance<py::array_t<std::uint64_t, py::array::c_style>>(
+          dict[key])) {
+    throw py::value_error(std::string(key) + " is no array of uint64");
+  }
+  const auto array = dict[key].cast<py::array_t<std::uint64_t>>();
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+Shard to_shard(const py::dict& dict) {
+  Shard shard;
+  take(dict, "name", shard.name);
+  take(dict, "path", shard.path);
+  take(dict, "offset", shard.offset);
+  take(dict, "tokens", shard.tokens);
+  take(dict, "width", shard.width);
+  take(dict, "is_signed", shard.is_signed);
+  take(dict, "windows", shard.windows);
+  take(dict, "extent_tokens", shard.extent_tokens);
+  take(dict, "extent_stride", shard.extent_stride);
+  shard.extent_ends = view(dict, "extent_ends");
+  shard.extent_bytes = view(dict, "extent_bytes");
+  take(dict, "extents_are_documents", shard.extents_are_documents);
+  take(dict, "checksums", shard.checksums);
+  take(dict, "packing", shard.packing);
+  if (dict.contains("documents")) {
+    const py::dict table = dict["documents"];
+    take(table, "path", shard.documents.path);
+    take(table, "offset", shard.documents.offset);
+    take(table, "count", shard.documents.count);
+    take(table, "width", shard.documents.width);
+    take(table, "bias", shard.documents.bias);
+    take(table, "unit", shard.documents.unit);
+  }
+  return shard;
+}
+
+std::unique_ptr<const Corpus> make_corpus(
+    const std::vector<DomainTuple>& domains, CorpusOptions options) {
+  std::vector<Domain> result;
+  for (const auto& [key, shards] : domains) {
+    Domain& domain = result.emplace_back(Domain{key, {}});
+    for (const py::dict& shard : shards) {
+      domain.shards.push_back(to_shard(shard));
+    }
+  }
+  return std::make_unique<const Corpus>(std::move(result), options);
+}
+
+std::size_t width(TokenType type) {
+  return type == TokenType::kInt64 ? 8 : type == TokenType::kInt32 ? 4 : 2;
+}
+
+py::dict to_dict(const StreamState& state) {
+  py::list weights;
+  for (const auto& [step, entry] : state.weights) {
+    py::list change;  // a list, as JSON would give it back
+    change.append(step);
+    change.append(entry.version);
+    change.append(*entry.units);
+    weights.append(change);
+  }
+  py::dict result;
+  result["step"] = state.plan.step;
+  result["rows"] = state.rows;
+  result["cursors"] = state.plan.cursors;
+  result["residuals"] = state.plan.residuals;
+  result["weights_version"] = state.version;
+  result["weights"] = weights;
+  return result;
+}
+
+StreamState from_dict(const py::dict& dict) {
+  StreamState state;
+  state.plan.step = dict["step"].cast<std::uint64_t>();
+  state.plan.cursors = dict["cursors"].cast<std::vector<std::uint64_t>>();
+  state.plan.residuals = dict["residuals"].cast<std::vector<std::int64_t>>();
+  state.rows = dict["rows"].cast<std::uint64_t>();
+  state.version = dict["weights_version"].cast<std::uint64_t>();
+  for (const py::handle entry : dict["weights"]) {
+    auto [step, version, units] = entry.cast<
+        std::tuple<std::uint64_t, std::uint64_t, std::vector<std::int64_t>>>();
+    state.weights.emplace(
+        step,
+        Weights{version, std::make_shared<const std::vector<std::int64_t>>(
+                             std::move(units))});
+  }
+  return state;
+}
+
+// A Streamer, the Python arrays that it writes to, and those that it reads.
+struct Engine {
+  py::object domains;
+  std::deque<py::tuple> arrays;
+  Streamer streamer;  // last: its threads are joined before the arrays go
+};
+
+// Bytes of each buffer of a batch, in the order of submit(); 0: not asked for.
+using BufferSizes = std::array<std::size_t, 5>;
+
+BufferSizes buffer_sizes(const Layout& layout, const CorpusOptions& options) {
+  const RowFormat& format = options.format;
+  const std::size_t rows = layout.batch_size;
+  const std::size_t size = rows * options.seq_len;
+  const bool documents = format.boundaries != Boundaries::kNone;
+  return {(size + (format.shared ? rows : 0)) * width(format.inputs),
+          format.shared ? 0 : size * width(format.targets),
+          rows * sizeof(std::int64_t),
+          documents ? size * sizeof(std::int64_t) : 0,
+          documents ? size * sizeof(std::int32_t) : 0};
+}
+
+std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::size_t block_size(const BufferSizes& sizes) {
+  std::size_t total = 0;
+  for (const std::size_t size : sizes) total += aligned(size);
+  return total;
+}
+
+py::dtype dtype(TokenType type) {
+  return type == TokenType::kInt64   ? py::dtype::of<std::int64_t>()
+         : type == TokenType::kInt32 ? py::dtype::of<std::int32_t>()
+                                     : py::dtype::of<std::uint16_t>();
+}
+
+// Threads of a Python argument: a number, or None for as many as it takes.
+Threads to_threads(std::optional<unsigned> threads) {
+  constexpr unsigned kMost = 32;
+  return threads ? Threads{*threads, *threads} : Threads{1, kMost};
+}
+
+class PyStreamer {
+ public:
+  PyStreamer(const py::object& domains, CorpusOptions options,
+             std::uint64_t seed, Shuffle shuffle, PlanRules rules,
+             Layout layout, const Int64Array& units, Threads threads)
+      : layout_(layout),
+        options_(options),
+        sizes_(buffer_sizes(layout, options)),
+        pool_(block_size(sizes_)),
+        owner_(::getpid()),
+        engine_(new Engine{
+            domains,
+            {},
+            {make_corpus(domains.cast<std::vector<DomainTuple>>(), options),
+             seed, shuffle, std::move(rules), layout, to_vector(units),
+             threads}}) {}
+
+  ~PyStreamer() { close(); }
+  PyStreamer(const PyStreamer&) = delete;
+  PyStreamer& operator=(const PyStreamer&) = delete;
+
+  // Arrays for submit(), over one block of memory that goes back to the pool
+  // when the last of them, and of the views of them, dies.
+  py::tuple buffers() {
+    BufferPool::Block block = pool_.take();
+    std::byte* start = block.get();
+    const py::capsule owner(
+        new BufferPool::Block(std::move(block)),
+        [](void* block) { delete static_cast<BufferPool::Block*>(block); });
+    const auto rows = static_cast<py::ssize_t>(layout_.batch_size);
+    const auto length = static_cast<py::ssize_t>(options_.seq_len);
+    const RowFormat& format = options_.format;
+    const std::array<py::dtype, 5> types{
+        dtype(format.inputs), dtype(format.targets),
+        py::dtype::of<std::int64_t>(), py::dtype::of<std::int64_t>(),
+        py::dtype::of<std::int32_t>()};
+    py::tuple result(sizes_.size());
+    for (std::size_t i = 0; i < sizes_.size(); ++i) {
+      if (sizes_[i] == 0) {
+        result[i] = py::none();
+      } else if (i == 2) {
+        result[i] = py::array(types[i], {rows}, start, owner);
+      } else {
+        result[i] = py::array(
+            types[i], {rows, length + (i == 0 && format.shared ? 1 : 0)}, start,
+            owner);
+      }
+      start += aligned(sizes_[i]);
+    }
+    return result;
+  }
+
+  // See BatchBuffers; None for what the format does not ask for.
+  void submit(const py::object& inputs, const py::object& targets,
+              const py::object& domains, const py::object& positions,
+              const py::object& documents) {
+    const auto engine = checked();
+    const BatchBuffers buffers{writable_bytes(inputs, sizes_[0]),
+                               writable_bytes(targets, sizes_[1]),
+                               writable<std::int64_t>(domains, sizes_[2]),
+                               writable<std::int64_t>(positions, sizes_[3]),
+                               writable<std::int32_t>(documents, sizes_[4])};
+    engine->arrays.push_back(
+        py::make_tuple(inputs, targets, domains, positions, documents));
+    engine->streamer.submit(buffers);
+  }
+
+  // (step, micro-batch, version of the weights, whether it was waited for,
+  // number of the fill), or None at the stream's end.
+  using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
+                           std::uint64_t>;
+  std::optional<Drawn> next() {
+    const auto engine = checked();
+    // While batches are read ahead the GIL stays; letting go of it may cost a
+    // wait for another thread.
+    auto batch = engine->streamer.next(std::chrono::milliseconds(0));
+    const bool waited = !batch;
+    while (!batch) {
+      {
+        const py::gil_scoped_release release;
+        batch = engine->streamer.next(std::chrono::milliseconds(100));
+      }
+      if (!batch && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+    if (batch->end) return std::nullopt;
+    engine->arrays.pop_front();
+    return Drawn{batch->step, batch->micro_batch, batch->weights_version,
+                 waited, batch->fill};
+  }
+
+  std::optional<std::uint64_t> peek() { return checked()->streamer.peek(); }
+
+  std::uint64_t set_weights(const Int64Array& units,
+                            std::optional<std::uint64_t> step) {
+    return checked()->streamer.set_weights(to_vector(units), step);
+  }
+
+  // In parts, so that it can be interrupted; what was passed over stays so.
+  std::uint64_t skip(std::uint64_t n) {
+    const auto engine = checked();
+    constexpr std::uint64_t kPart = 1024;
+    while (true) {
+      const std::uint64_t part = std::min(n, kPart);
+      const std::uint64_t before = engine->streamer.step();
+      std::uint64_t after;
+      {
+        const py::gil_scoped_release release;
+        after = engine->streamer.skip(part);
+      }
+      n -= part;
+      if (n == 0 || after - before < part) return after;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+  }
+
+  std::uint64_t step() { return checked()->streamer.step(); }
+
+  // (shard within the domain, its token, document or None, its first token).
+  std::tuple<std::uint32_t, std::uint64_t, std::optional<std::uint64_t>,
+             std::optional<std::uint64_t>>
+  locate(std::uint32_t domain, std::uint64_t window) {
+    const auto engine = checked();
+    const Corpus& corpus = engine->streamer.corpus();
+    if (domain >= corpus.domains() ||
+        window >= corpus.window_ends(domain).back()) {
+      throw py::index_error("there is no such window");
+    }
+    const py::gil_scoped_release release;
+    const RowPlace place = corpus.locate(domain, window);
+    const auto document = corpus.document_at(domain, window);
+    if (!document) return {place.shard, place.token, {}, {}};
+    return {place.shard, place.token, document->number, document->token};
+  }
+
+  Int64Array weights_at(std::uint64_t step) {
+    const auto units = checked()->streamer.weights_at(step);
+    return Int64Array(static_cast<py::ssize_t>(units.size()), units.data());
+  }
+
+  py::dict state() { return to_dict(checked()->streamer.state()); }
+
+  void load_state(const py::dict& state) {
+    checked()->streamer.load_state(from_dict(state));
+  }
+
+  // Where shards that must be fetched are: see Locations.
+  void provide(std::uint32_t shard, std::string path) {
+    locations(*checked(), shard).provide(shard, std::move(path));
+  }
+  void fail(std::uint32_t shard, std::string message) {
+    locations(*checked(), shard).fail(shard, std::move(message));
+  }
+  void withdraw(std::uint32_t shard) {
+    const auto engine = checked();
+    locations(*engine, shard).withdraw(shard);
+    engine->streamer.corpus().close(shard);
+  }
+  std::vector<std::uint32_t> wanted(std::uint64_t timeout_ms) {
+    const auto engine = checked();
+    const py::gil_scoped_release release;
+    return engine->streamer.corpus().locations().wanted(
+        std::chrono::milliseconds(timeout_ms));
+  }
+
+  // (rows ahead, shard), soonest first.
+  std::vector<std::pair<double, std::uint32_t>> upcoming(std::uint64_t limit) {
+    const auto engine = checked();
+    const py::gil_scoped_release release;
+    std::vector<std::pair<double, std::uint32_t>> result;
+    for (const auto& [rows, shard] : engine->streamer.upcoming(limit)) {
+      result.emplace_back(rows, shard);
+    }
+    return result;
+  }
+
+  void close() {
+    auto engine = std::move(engine_);
+    if (!engine) return;
+    if (::getpid() != owner_) {
+      // In a forked child the threads do not exist and cannot be joined; the
+      // engine is left as it is, a leak that ends with the child.
+      new std::shared_ptr<Engine>(std::move(engine));
+      return;
+    }
+    const py::gil_scoped_release release;
+    engine->streamer.stop();
+  }
+
+ private:
+  // Shared, so that a close() in one thread does not pull the engine from
+  // under a next() in another.
+  std::shared_ptr<Engine> checked() {
+    if (!engine_) throw std::runtime_error("the loader is closed");
+    if (::getpid() != owner_) {
+      throw std::runtime_error(
+          "this loader was made in another process; after a fork, make a new "
+          "one and load_state_dict() into it");
+    }
+    return engine_;
+  }
+
+  static Locations& locations(const Engine& engine, std::uint32_t shard) {
+    Locations& all = engine.streamer.corpus().locations();
+    if (shard >= all.size() || !all.fetched(shard)) {
+      throw py::value_error("shard " + std::to_string(shard) +
+                            " is none that has to be fetched");
+    }
+    return all;
+  }
+
+  const Layout layout_;
+  const CorpusOptions options_;
+  const BufferSizes sizes_;
+  BufferPool pool_;
+  const pid_t owner_;
+  std::shared_ptr<Engine> engine_;
+};
+
+}  // namespace
+
+void bind_streamer(py::module_& m) {
+  py::enum_<TokenType>(m, "TokenType")
+      .value("INT64", TokenType::kInt64)
+      .value("INT32", TokenType::kInt32)
+      .value("UINT16", TokenType::kUint16);
+  py::enum_<Boundaries>(m, "Boundaries")
+      .value("NONE", Boundaries::kNone)
+      .value("INDEX", Boundaries::kIndex)
+      .value("AFTER_EOT", Boundaries::kAfterEot)
+      .value("AT_EOT", Boundaries::kAtEot);
+  py::class_<PyStreamer>(m, "Streamer")
+      .def(py::init(
+               [](const py::object& domains, std::uint64_t seq_len,
+                  std::uint64_t vocab_size, TokenType inputs, TokenType targets,
+                  bool shared, Boundaries boundaries, std::uint64_t eot,
+                  bool mask_targets, bool mmap, std::uint64_t seed,
+                  bool shuffle, std::uint64_t shuffle_shards, Sampling sampling,
+                  std::vector<std::uint64_t> limits, bool stop_at_limit,
+                  std::uint64_t batch_size, std::uint64_t micro_batches,
+                  std::uint64_t world_size, std::uint64_t rank,
+                  const Int64Array& units, std::optional<unsigned> threads) {
+                 return std::make_unique<PyStreamer>(
+                     domains,
+                     CorpusOptions{seq_len,
+                                   vocab_size,
+                                   {inputs, targets, shared, boundaries, eot,
+                                    mask_targets},
+                                   mmap ? ReadMode::kMmap : ReadMode::kPread},
+                     seed, to_shuffle(shuffle, shuffle_shards),
+                     PlanRules{sampling, std::move(limits), stop_at_limit},
+                     Layout{batch_size, micro_batches, world_size, rank}, units,
+                     to_threads(threads));
+               }),
+           py::kw_only(), py::arg("domains"), py::arg("seq_len"),
+           py::arg("vocab_size"), py::arg("inputs") = TokenType::kInt64,
+           py::arg("targets") = TokenType::kInt64, py::arg("shared") = false,
+           py::arg("boundaries") = Boundaries::kNone, py::arg("eot") = 0,
+           py::arg("mask_targets") = false, py::arg("mmap") = false,
+           py::arg("seed"), py::arg("shuffle") = true,
+           py::arg("shuffle_shards") = 0,
+           py::arg("sampling") = Sampling::kQuota,
+           py::arg("limits") = std::vector<std::uint64_t>(),
+           py::arg("stop_at_limit") = false, py::arg("batch_size"),
+           py::arg("micro_batches"), py::arg("world_size"), py::arg("rank"),
+           py::arg("units"), py::arg("threads"))
+      .def("buffers", &PyStreamer::buffers)
+      .def("submit", &PyStreamer::submit, py::arg("inputs"), py::arg("targets"),
+           py::arg("domains"), py::arg("positions") = py::none(),
+           py::arg("documents") = py::none())
+      .def("next", &PyStreamer::next)
+      .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
+           py::arg("step") = py::none())
+      .def("peek", &PyStreamer::peek)
+      .def("skip", &PyStreamer::skip, py::arg("n"))
+      .def("step", &PyStreamer::step)
+      .def("locate", &PyStreamer::locate, py::arg("domain"), py::arg("window"))
+      .def("weights_at", &PyStreamer::weights_at, py::arg("step"))
+      .def("state", &PyStreamer::state)
+      .def("load_state", &PyStreamer::load_state, py::arg("state"))
+      .def("provide", &PyStreamer::provide, py::arg("shard"), py::arg("path"))
+      .def("fail", &PyStreamer::fail, py::arg("shard"), py::arg("message"))
+      .def("withdraw", &PyStreamer::withdraw, py::arg("shard"))
+      .def("wanted", &PyStreamer::wanted, py::arg("timeout_ms"))
+      .def("upcoming", &PyStreamer::upcoming, py::arg("limit"))
+      .def("close", &PyStreamer::close);
+}
+
+}  // namespace mixloader

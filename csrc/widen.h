@@ -1,0 +1,36 @@
+// Token ids as they lie on disk, 1, 2, 4 or 8 bytes each, to the types that a
+// batch may have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mixloader {
+
+enum class TokenType { kInt64, kInt32, kUint16 };
+
+// Bytes an id.
+std::size_t width_of(TokenType type);
+
+// Ids below this fit.
+std::uint64_t capacity_of(TokenType type);
+
+// Writes n ids to `out`; those that do not fit come out wrong, see Largest.
+// Neither side need be aligned.
+using Widen = void (*)(const std::byte* ids, std::size_t n, std::byte* out);
+
+// The largest of n ids, read as unsigned: a negative id is larger than any that
+// its width can hold. 0 if n is 0.
+using Largest = std::uint64_t (*)(const std::byte* ids, std::size_t n);
+
+// For ids of `width` bytes; the fastest that this machine can run.
+Widen widen_from(std::size_t width, TokenType type);
+Largest largest_from(std::size_t width);
+
+// The i-th id.
+std::uint64_t id_at(const std::byte* ids, std::size_t width, std::size_t i);
+
+// out[i] = value, for an array of `type`.
+void store(TokenType type, std::byte* out, std::size_t i, std::int64_t value);
+
+}  // namespace mixloader
