@@ -183,3 +183,38 @@ def test_closing_does_not_wait_for_a_server_that_hangs(s3, data, open_stream):
     stream.close()
     assert time.monotonic() - started < 2
     s3.faults.clear()
+
+
+def test_a_shard_withdrawn_and_removed_at_any_moment_is_no_error(tmp_path, data):
+    """What a full cache does, as fast as it can: provide a copy, withdraw it, remove it, provide another."""
+    manifest = Manifest.open({"web": data["web"][0]})
+    (shard,) = manifest.domains[0].shards
+    core = _core.Streamer(
+        domains=[(1, [{**shard.for_core(), "path": "", "windows": (shard.tokens - 1) // SEQ_LEN}])],
+        seq_len=SEQ_LEN, vocab_size=0, seed=1, batch_size=BATCH, micro_batches=1, world_size=1, rank=0,
+        units=quantize(np.array([1.0])), threads=4,
+    )  # fmt: skip
+    over = threading.Event()
+
+    def provide() -> None:
+        content, copies = data["web"][0].read_bytes(), 0
+        while not over.is_set():
+            copy = tmp_path / f"copy_{copies}.bin"
+            copies += 1
+            copy.write_bytes(content)
+            core.provide(0, str(copy))
+            core.withdraw(0)
+            copy.unlink()
+
+    thread = threading.Thread(target=provide)
+    thread.start()
+    try:
+        for _ in range(300):
+            inputs = np.empty((BATCH, SEQ_LEN), dtype=np.int64)
+            core.submit(inputs, np.empty_like(inputs), np.empty(BATCH, dtype=np.int64))
+            assert core.next() is not None
+            np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(SEQ_LEN))
+    finally:
+        over.set()
+        thread.join()
+        core.close()
