@@ -94,8 +94,7 @@ Corpus::Corpus(std::vector<Domain> domains, CorpusOptions options)
 
 Corpus::OpenFile Corpus::open(const Shard& shard, std::uint32_t number) const {
   return files_->get<File>(number_of(Part::kTokens, number), [&] {
-    auto file = std::make_shared<const File>(
-        locations_->wait(number), "shard " + shard.name, options_.mode);
+    const auto file = open_where_it_is(shard, number);
     const std::uint64_t end = byte_of(shard, shard.tokens);
     if (file->size() < end) {
       throw ShardError(
@@ -105,6 +104,22 @@ Corpus::OpenFile Corpus::open(const Shard& shard, std::uint32_t number) const {
     }
     return file;
   });
+}
+
+std::shared_ptr<const File> Corpus::open_where_it_is(
+    const Shard& shard, std::uint32_t number) const {
+  while (true) {
+    const std::string path = locations_->wait(number);
+    try {
+      return std::make_shared<const File>(path, "shard " + shard.name,
+                                          options_.mode);
+    } catch (const TooManyFiles&) {
+      throw;
+    } catch (const ShardError&) {
+      // It may have been withdrawn, and removed, since its path was told.
+      if (locations_->find(number) == path) throw;
+    }
+  }
 }
 
 void Corpus::close(std::uint32_t shard) const {

@@ -111,6 +111,9 @@ class Corpus {
     return static_cast<std::size_t>(part) * shards_ + shard;
   }
   OpenFile open(const Shard& shard, std::uint32_t number) const;
+  // Waits until it is here.
+  std::shared_ptr<const File> open_where_it_is(const Shard& shard,
+                                               std::uint32_t number) const;
   Row open_row(const RowRequest& request) const;
   // Calls use(table) with a shard's table of documents.
   template <typename Use>

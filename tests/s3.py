@@ -187,8 +187,10 @@ def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def _put(port: int, path: str, body: bytes) -> None:
+    who = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("PUT", path, body, {"Host": "127.0.0.1"})
+    connection.request("PUT", path, body, {"Host": "127.0.0.1", "Authorization": who})
     answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
+    found = answer.status, answer.read()
     connection.close()
+    assert found[0] == 200, f"moto's server answered {found} to PUT {path}"

@@ -99,6 +99,8 @@ def test_every_digest_that_an_index_may_hold(tmp_path, algorithm):
 
 @pytest.mark.parametrize("digest", ["sha256", "sha256:", "crc7:00", "shake_128:00", "xxh5:00", "xxhash:00"])
 def test_an_unknown_digest_is_refused(tmp_path, digest):
+    if digest.startswith("xx"):
+        pytest.importorskip("xxhash", reason="xxhash is not installed (pip install 'mixloader[remote]')")
     (tmp_path / "shard.bin").write_bytes(CONTENT)
     with pytest.raises(ShardError, match=r"expected 'algorithm:hex'"):
         fetched(str(tmp_path / "shard.bin"), digest=digest)

@@ -120,22 +120,21 @@ def open_stream(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mixloader")]
 
 
-@pytest.mark.parametrize("threads", [0, 1, 3])
-@pytest.mark.parametrize("shuffle_shards", [0, 1])
+@pytest.mark.parametrize(("threads", "shuffle_shards"), [(0, 0), (3, 0), (1, 1)])
 def test_remote_and_compressed_shards_give_the_same_stream(s3, data, open_stream, threads, shuffle_shards):
     elsewhere = upload(s3, data, f"same_{threads}_{shuffle_shards}")
     s3.faults[:] = ["none", "error", "cut", "none", "truncate", "busy", "delay"] * 2
-    expected = open_stream(data, shuffle_shards=shuffle_shards).batches(150)
+    expected = open_stream(data, shuffle_shards=shuffle_shards).batches(120)
     stream = open_stream(elsewhere, 1 << 20, threads=threads, shuffle_shards=shuffle_shards)
-    np.testing.assert_array_equal(stream.batches(150), expected)
+    np.testing.assert_array_equal(stream.batches(120), expected)
 
 
 def test_a_cache_smaller_than_the_data_gives_the_same_stream(s3, data, open_stream):
-    """120 KB of shards, room for 60: what was read is removed and fetched again in the next epoch."""
+    """120 KB of shards, room for 60: what was read is removed, and fetched again in the next epoch."""
     elsewhere = upload(s3, data, "small")
-    expected = open_stream(data, shuffle_shards=1).batches(300)
+    expected = open_stream(data, shuffle_shards=1).batches(140)
     stream = open_stream(elsewhere, 60_000, threads=2, shuffle_shards=1)
-    for i in range(300):
+    for i in range(140):
         np.testing.assert_array_equal(stream.next(), expected[i])
         folder = stream.cache.folder
         held = sum(path.stat().st_size for path in list(folder.glob("*.bin*")) if path.exists())
@@ -154,12 +153,13 @@ def test_a_change_of_weights_while_shards_are_fetched(s3, data, open_stream):
         np.testing.assert_array_equal(*batches)
 
 
-def test_a_missing_object_is_an_error_at_its_batch_and_nothing_is_lost(s3, data, open_stream, monkeypatch):
+def test_a_missing_object_is_an_error_at_its_batch_and_nothing_is_lost(s3, data, open_stream):
     elsewhere = upload(s3, data, "missing")
     expected = open_stream(data).batches(100)
     content = data["web"][3].read_bytes()
-    stream = open_stream(elsewhere, 1 << 20)
-    s3.put("missing/web_3.bin", content[:-1])  # replaced by a shorter one since the stream was opened
+    manifest = Manifest.open(elsewhere)
+    s3.put("missing/web_3.bin", content[:-1])  # replaced by a shorter one since the manifest was written
+    stream = open_stream(manifest, 1 << 20)
     read, errors = [], []
     while len(read) < 100:
         try:
@@ -183,3 +183,38 @@ def test_closing_does_not_wait_for_a_server_that_hangs(s3, data, open_stream):
     stream.close()
     assert time.monotonic() - started < 2
     s3.faults.clear()
+
+
+def test_a_shard_withdrawn_and_removed_at_any_moment_is_no_error(tmp_path, data):
+    """What a full cache does, as fast as it can: provide a copy, withdraw it, remove it, provide another."""
+    manifest = Manifest.open({"web": data["web"][0]})
+    (shard,) = manifest.domains[0].shards
+    core = _core.Streamer(
+        domains=[(1, [{**shard.for_core(), "path": "", "windows": (shard.tokens - 1) // SEQ_LEN}])],
+        seq_len=SEQ_LEN, vocab_size=0, seed=1, batch_size=BATCH, micro_batches=1, world_size=1, rank=0,
+        units=quantize(np.array([1.0])), threads=4,
+    )  # fmt: skip
+    over = threading.Event()
+
+    def provide() -> None:
+        content, copies = data["web"][0].read_bytes(), 0
+        while not over.is_set():
+            copy = tmp_path / f"copy_{copies}.bin"
+            copies += 1
+            copy.write_bytes(content)
+            core.provide(0, str(copy))
+            core.withdraw(0)
+            copy.unlink()
+
+    thread = threading.Thread(target=provide)
+    thread.start()
+    try:
+        for _ in range(300):
+            inputs = np.empty((BATCH, SEQ_LEN), dtype=np.int64)
+            core.submit(inputs, np.empty_like(inputs), np.empty(BATCH, dtype=np.int64))
+            assert core.next() is not None
+            np.testing.assert_array_equal(inputs, inputs[:, :1] + np.arange(SEQ_LEN))
+    finally:
+        over.set()
+        thread.join()
+        core.close()
