@@ -72,7 +72,7 @@ def plan_cost(curve: str, size: int) -> Callable[[], float]:
     sizes = {"domains": 16, "batch size": 32} | {curve: size}
     if curve == "ranks":
         plan = planner(16, 32 * size)
-        steps, call = max(2, 20_000 // (32 * size)), plan.skip
+        steps, call = max(2, 200_000 // (32 * size)), plan.skip
     else:
         shards = size if curve.startswith("shards") else 1
         plan = planner(
@@ -81,7 +81,7 @@ def plan_cost(curve: str, size: int) -> Callable[[], float]:
             shards=shards,
             shuffle_shards=16 if "blocks" in curve else 0,
         )
-        steps, call = max(10, 20_000 // max(sizes["domains"], sizes["batch size"])), plan.plan
+        steps, call = max(10, 200_000 // max(sizes["domains"], sizes["batch size"])), plan.plan
     call(2)
 
     def measure() -> float:

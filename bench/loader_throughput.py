@@ -187,7 +187,7 @@ def loaders(args: argparse.Namespace) -> Iterator[tuple[dict[str, Callable[[], f
 def mixloader(
     path: Path, shape: tuple[int, int], io: str, output: str, threads: int | None, seed: int = 0
 ) -> MixLoader:
-    how = ARGUMENTS[output] | ({} if io == "pread" else {"io": io}) | ({"prefetch_factor": 4} if threads != 0 else {})
+    how = ARGUMENTS[output] | ({} if io == "pread" else {"io": io}) | ({"prefetch_factor": 4} if threads else {})
     return MixLoader({DOMAIN: path}, *shape, seed=seed, vocab_size=MODULUS, num_workers=threads, **how)
 
 
