@@ -201,8 +201,10 @@ class PyStreamer {
   // number of the fill), or None at the stream's end.
   using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
                            std::uint64_t>;
-  std::optional<Drawn> next() {
+  // timeout: seconds, 0 for ever.
+  std::optional<Drawn> next(double timeout) {
     const auto engine = checked();
+    const auto begin = std::chrono::steady_clock::now();
     // While batches are read ahead the GIL stays; letting go of it may cost a
     // wait for another thread.
     auto batch = engine->streamer.next(std::chrono::milliseconds(0));
@@ -213,6 +215,13 @@ class PyStreamer {
         batch = engine->streamer.next(std::chrono::milliseconds(100));
       }
       if (!batch && PyErr_CheckSignals() != 0) throw py::error_already_set();
+      const std::chrono::duration<double> elapsed =
+          std::chrono::steady_clock::now() - begin;
+      if (!batch && timeout > 0 && elapsed.count() >= timeout) {
+        throw std::runtime_error(
+            "no batch came within the timeout of " + std::to_string(timeout) +
+            " seconds; the storage is slow or gone, or the timeout too short");
+      }
     }
     if (batch->end) return std::nullopt;
     engine->arrays.pop_front();
@@ -390,7 +399,7 @@ void bind_streamer(py::module_& m) {
       .def("submit", &PyStreamer::submit, py::arg("inputs"), py::arg("targets"),
            py::arg("domains"), py::arg("positions") = py::none(),
            py::arg("documents") = py::none())
-      .def("next", &PyStreamer::next)
+      .def("next", &PyStreamer::next, py::arg("timeout") = 0.0)
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())
       .def("peek", &PyStreamer::peek)

@@ -133,8 +133,10 @@ class Streamer:
         positions: npt.NDArray[np.int64] | None = None,
         documents: npt.NDArray[np.int32] | None = None,
     ) -> None: ...
-    def next(self) -> tuple[int, int, int, bool, int] | None:
+    def next(self, timeout: float = 0.0) -> tuple[int, int, int, bool, int] | None:
         """(step, micro-batch, weights version, had to wait, fill number); None where the stream ends.
+
+        Raises RuntimeError after `timeout` seconds without a batch; 0 waits for ever.
 
         At the end no buffers are given up; set_weights, skip and load_state may find more of the stream.
         """

@@ -64,43 +64,47 @@ class BatchFormat:
 
 
 class Buffers:
-    """The memory of one batch, filled by the core, handed to the user, and never used again."""
+    """The tensors of one batch, [B, T] but for domain_ids [B]; filled by the core, then the user's for ever.
 
-    def __init__(self, format: BatchFormat):
-        b, t = format.batch_size, format.seq_len
-        pin = format.pin_memory
+    arrays: memory of the core, which takes it back when the last tensor over it is gone: inputs, targets, domain
+    ids, positions, documents, with None for what the format has not. None: memory of torch's, page-locked if so asked.
+    """
 
-        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, pin_memory=pin)
-
-        self.targets: torch.Tensor | None = None
-        if not format.contiguous:
-            self.inputs = empty(b, t + 1, dtype=format.dtype)
-        elif format.dtype == format.target_dtype:
-            # One allocation: on the caller's thread it costs more than the rest.
-            self.inputs, self.targets = empty(2, b, t, dtype=format.dtype).unbind()
+    def __init__(self, format: BatchFormat, arrays: tuple[np.ndarray | None, ...] | None):
+        if arrays is None:
+            tensors = _allocate(format)
+            arrays = tuple(None if tensor is None else tensor.numpy() for tensor in tensors)
         else:
-            self.inputs, self.targets = empty(b, t, dtype=format.dtype), empty(b, t, dtype=format.target_dtype)
-        self.domain_ids = empty(b, dtype=torch.int64)
-        self.positions = empty(b, t, dtype=torch.int64) if format.documents else None
-        self.documents = empty(b, t, dtype=torch.int32) if format.documents else None
-
-    def for_core(self) -> tuple[np.ndarray | None, ...]:
-        """inputs, targets, domain ids, positions, documents: as the core's submit() takes them."""
-        tensors = (self.inputs, self.targets, self.domain_ids, self.positions, self.documents)
-        return tuple(None if tensor is None else tensor.numpy() for tensor in tensors)
+            tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
+        self.arrays = arrays
+        self._inputs, self._targets, self._domain_ids, self._positions, self._documents = tensors
 
     def batch(self) -> dict[str, Any]:
         """The filled tensors by name."""
-        if self.targets is None:
-            batch: dict[str, Any] = {"input_ids": self.inputs[:, :-1], "targets": self.inputs[:, 1:]}
+        if self._targets is None:
+            batch: dict[str, Any] = {"input_ids": self._inputs[:, :-1], "targets": self._inputs[:, 1:]}
         else:
-            batch = {"input_ids": self.inputs, "targets": self.targets}
-        batch["domain_ids"] = self.domain_ids
-        if self.positions is not None:
-            batch |= {"position_ids": self.positions, "document_ids": self.documents}
-            batch |= segments(self.positions)
+            batch = {"input_ids": self._inputs, "targets": self._targets}
+        batch["domain_ids"] = self._domain_ids
+        if self._positions is not None:
+            batch |= {"position_ids": self._positions, "document_ids": self._documents}
+            batch |= segments(self._positions)
         return batch
+
+
+def _allocate(format: BatchFormat) -> list[Any]:
+    b, t = format.batch_size, format.seq_len
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=format.pin_memory)
+
+    return [
+        empty(b, t if format.contiguous else t + 1, dtype=format.dtype),
+        empty(b, t, dtype=format.target_dtype) if format.contiguous else None,
+        empty(b, dtype=torch.int64),
+        empty(b, t, dtype=torch.int64) if format.documents else None,
+        empty(b, t, dtype=torch.int32) if format.documents else None,
+    ]
 
 
 def segments(position_ids: torch.Tensor) -> dict[str, Any]:

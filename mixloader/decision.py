@@ -88,12 +88,13 @@ class Task:
 class Decider:
     """Runs a policy in a thread of its own, one task after the other.
 
-    domains: the policy was reset with them. builder: of the observations.
+    domains: the policy was reset with them. builder: of the observations. removed: names that get no weight.
     """
 
-    def __init__(self, policy: Policy, domains: DomainTable, builder: ObservationBuilder):
-        self.policy, self.domains, self.builder = policy, domains, builder
-        self.removed: tuple[str, ...] = ()
+    def __init__(
+        self, policy: Policy, domains: DomainTable, builder: ObservationBuilder, removed: tuple[str, ...] = ()
+    ):
+        self.policy, self.domains, self.builder, self.removed = policy, domains, builder, removed
         # The executor's thread is no daemon; the interpreter joins it at exit if close() was not called.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mixloader-policy")
 

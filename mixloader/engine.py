@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import numpy as np
 
 from mixloader import _core
 from mixloader.batch import BatchFormat
+from mixloader.cache import ShardCache
 from mixloader.errors import ConfigError, ManifestError
+from mixloader.fetcher import Fetcher
+from mixloader.files import cache_folder
+from mixloader.formats.source import is_url
 from mixloader.layout import Layout
 from mixloader.manifest import Manifest
+from mixloader.packing import pack_rows
 from mixloader.reference import domain_key
 from mixloader.rules import StreamRules
 
@@ -45,24 +51,20 @@ class Engine:
         if io not in _IO:
             raise ConfigError(f"io is {io!r}; expected 'pread' or 'mmap'")
         _check_documents(manifest, rules, eot)
-        rows = None
+        shards = [shard for domain in manifest.domains for shard in domain.shards]
+        known = [{**shard.for_core(), "windows": max(0, shard.tokens - 1) // seq_len} for shard in shards]
         if rules.packing is not None:
-            from mixloader.packing import pack_rows
-
-            rows = pack_rows(manifest, seq_len, documents=rules.documents, eot=eot, cache_dir=cache_dir)
-        domains = []
-        for domain in manifest.domains:
-            shards = []
-            for shard in domain.shards:
-                known = shard.for_core()
-                if rows is None:
-                    known["windows"] = max(0, shard.tokens - 1) // seq_len
-                else:
-                    known["packing"], known["windows"] = rows[shard.path]
-                shards.append(known)
-            domains.append((domain_key(domain.name), shards))
-        self.windows = np.array([sum(s["windows"] for s in shards) for _, shards in domains], dtype=np.int64)
+            boundaries = rules.for_core()["boundaries"]
+            packed = pack_rows(shards, seq_len, boundaries=boundaries, eot=eot or 0, cache_dir=cache_dir)
+            known = [k | {"packing": p.path, "windows": p.rows} for k, p in zip(known, packed, strict=True)]
+        of_shards = iter(known)
+        domains = [
+            (domain_key(domain.name), list(islice(of_shards, len(domain.shards)))) for domain in manifest.domains
+        ]
+        self.windows = np.array([sum(s["windows"] for s in of) for _, of in domains], dtype=np.int64)
         _check_windows(manifest, seq_len, self.windows)
+        self._cache = None if manifest.is_ready else _open_cache(cache_dir, cache_bytes)
+        self._tables = [] if self._cache is None else _fetch_tables(self._cache, known)
         self.core = _core.Streamer(
             domains=domains,
             seq_len=seq_len,
@@ -77,18 +79,32 @@ class Engine:
             **format.for_core(),
             **vars(layout),
         )
-        self._fetcher: Any = None
-        if not manifest.local:
-            from mixloader.cache import Fetcher, ShardCache
-
-            shards = [shard for domain in manifest.domains for shard in domain.shards]
-            self._fetcher = Fetcher(self.core, shards, ShardCache(cache_dir, cache_bytes))
+        self._fetcher = None if self._cache is None else Fetcher(self.core, shards, self._cache)
 
     def close(self) -> None:
-        """End the threads."""
-        self.core.close()
-        if self._fetcher is not None:
+        """End the threads and let go of the files."""
+        if self._fetcher is not None and self._cache is not None:
             self._fetcher.close()
+            for path in self._tables:
+                self._cache.release(path)
+            self._cache.close()
+        self.core.close()
+
+
+def _open_cache(cache_dir: str | Path | None, cache_bytes: int | None) -> ShardCache:
+    folder = cache_folder(cache_dir) / "shards"
+    return ShardCache(folder) if cache_bytes is None else ShardCache(folder, cache_bytes)
+
+
+def _fetch_tables(cache: ShardCache, shards: list[dict[str, Any]]) -> list[str]:
+    """Bring document tables that are files of their own, and say where they are now; returns their paths."""
+    paths = []
+    for shard in shards:
+        table = shard.get("documents")
+        if table is not None and table["path"] != shard["name"] and is_url(table["path"]):
+            paths.append(cache.fetch(table["path"]))
+            shard["documents"] = {**table, "path": paths[-1]}
+    return paths
 
 
 def epoch_windows(manifest: Manifest, seq_len: int) -> np.ndarray:
@@ -115,7 +131,7 @@ def _check_documents(manifest: Manifest, rules: StreamRules, eot: int | None) ->
     if rules.documents == "index":
         for domain in manifest.domains:
             for shard in domain.shards:
-                if not shard.has_documents:
+                if shard.documents is None and not shard.extents_are_documents:
                     raise ManifestError(
                         f"documents='index' is asked for, but shard {shard.path} ({shard.format}) has no table of "
                         "documents; give documents='eot'"

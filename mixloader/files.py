@@ -24,6 +24,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def cache_folder() -> Path:
-    """Where what was derived from data is kept: $MIXLOADER_CACHE, by default ~/.cache/mixloader."""
-    return Path(os.environ.get("MIXLOADER_CACHE") or "~/.cache/mixloader").expanduser()
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """Where what can be made again is kept: `folder` if given, else $MIXLOADER_CACHE, else ~/.cache/mixloader."""
+    return Path(folder or os.environ.get("MIXLOADER_CACHE") or "~/.cache/mixloader").expanduser()

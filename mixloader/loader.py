@@ -125,7 +125,7 @@ class MixLoader(DataLoaderSurface):
         if exhausted is None:
             exhausted = "repeat" if max_epochs is None else "redistribute"
         if shuffle_shards is None:
-            shuffle_shards = 8 if shuffle and not self.manifest.local else 0
+            shuffle_shards = 0 if self.manifest.is_ready or not shuffle else 8
         self.rules = StreamRules(
             sampling, shuffle, shuffle_shards, exhausted, max_epochs, documents, mask_boundaries, packing
         )
@@ -146,10 +146,13 @@ class MixLoader(DataLoaderSurface):
 
         self.removed: tuple[str, ...] = ()
         """Domains that were removed: they keep their number, and weight zero."""
-        self._schedule = Schedule.of(weights)
-        self._scheduled = 1  # the first step whose weights the schedule has not set
-        first = self._schedule.at(0) if self._schedule is not None else weights
-        units = self._units(self.manifest.table().prior if first is None else first)
+        if callable(weights):
+            weights = Schedule.function(weights)
+        self._schedule = weights.bind(self.names) if isinstance(weights, Schedule) else None
+        self._scheduled = None if self._schedule is None else self._schedule.next_change(0)
+        if self._schedule is not None:
+            weights = self._schedule.at(0)
+        units = self._units(self.manifest.table().prior if weights is None else weights)
         self._step, self._micro_step = 0, 0  # of the next batch
         self._tokens_before = [0] * len(self.names)
         self._drawing = threading.RLock()  # two threads that draw get whole batches, each its own
@@ -168,15 +171,16 @@ class MixLoader(DataLoaderSurface):
                 raise StopIteration
             while len(self._buffers) < self._depth:
                 self._submit()
-            position = self._core.next(self.timeout)
-            if position is None:
+            drawn = self._core.next(self.timeout)
+            if drawn is None:
                 raise StopIteration
-            step, micro_step, version, self.fill, waited = position
+            step, micro_step, version, waited, self.fill = drawn
             buffers = self._buffers.popleft()
             if waited and self._deepens:
                 self._depth = min(self._depth + 1, _MOST_AHEAD)
+            last = micro_step + 1 == self.grad_accumulation_steps
+            self._step, self._micro_step = (step + 1, 0) if last else (step, micro_step + 1)
             self._submit()
-            self._advance(step, micro_step + 1)
         batch = buffers.batch()
         batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
         return batch
@@ -210,8 +214,7 @@ class MixLoader(DataLoaderSurface):
         check_counts(steps=(steps, 0))
         with self._drawing:
             before = self._core.state()["cursors"]
-            if self._schedule is not None:
-                self._follow_schedule(self._step + steps)
+            self._follow_schedule(self._step + steps)
             self._step = self._core.skip(steps)
             after = self._core.state()["cursors"]
             self._tokens_before = [
@@ -235,8 +238,7 @@ class MixLoader(DataLoaderSurface):
     def units_at(self, step: int) -> np.ndarray:
         """int64 [D]: the integer weights that `step`, not yet over, has as things stand."""
         with self._drawing:
-            if self._schedule is not None:
-                self._follow_schedule(step)
+            self._follow_schedule(step)
             return self._core.weights_at(step)
 
     def set_weights(self, weights: Weights, step: int | None = None) -> int:
@@ -254,8 +256,10 @@ class MixLoader(DataLoaderSurface):
         with self._drawing:
             effect = self._core.set_weights(units, step)
             self._follow_schedule(effect - 1)
-            for ahead in range(effect + 1, self._scheduled):
-                self._core.set_weights(units, ahead)
+            ahead = self._schedule.next_change(effect)
+            while ahead is not None and self._scheduled is not None and ahead < self._scheduled:
+                self._core.set_weights(units, ahead)  # over what the schedule had set already
+                ahead = self._schedule.next_change(ahead)
             self._schedule = None
         return effect
 
@@ -366,9 +370,10 @@ class MixLoader(DataLoaderSurface):
             self._tokens_before, self.removed = list(state["tokens_before"]), tuple(state["removed"])
             self._step = state["step"]
             self._micro_step = state["rows"] // (self.batch_size * self.world_size)
-            self._scheduled = self.step + 1
             if not state["scheduled"]:
                 self._schedule = None
+            if self._schedule is not None:
+                self._scheduled = self._schedule.next_change(self.step)
 
     def close(self) -> None:
         """End the reader threads and drop what they read ahead."""
@@ -418,25 +423,17 @@ class MixLoader(DataLoaderSurface):
             self._schedule = None
 
     def _submit(self) -> None:
-        if self._schedule is not None:
-            ahead = self._micro_step + len(self._buffers)
-            self._follow_schedule(self._step + ahead // self.grad_accumulation_steps)
-        buffers = Buffers(self.format)
-        self._core.submit(*buffers.for_core())
+        ahead = self._micro_step + len(self._buffers)
+        self._follow_schedule(self._step + ahead // self.grad_accumulation_steps)
+        buffers = Buffers(self.format, None if self.format.pin_memory else self._core.buffers())
+        self._core.submit(*buffers.arrays)
         self._buffers.append(buffers)
 
     def _follow_schedule(self, step: int) -> None:
         """Set the scheduled weights of all steps up to `step`, before any of them is planned."""
-        assert self._schedule is not None
-        while self._scheduled <= step:
-            units = self._units(self._schedule.at(self._scheduled))
-            if not np.array_equal(units, self._core.weights_at(self._scheduled)):
-                self._core.set_weights(units, self._scheduled)
-            self._scheduled += 1
-
-    def _advance(self, step: int, micro_step: int) -> None:
-        last = micro_step == self.grad_accumulation_steps
-        self._step, self._micro_step = (step + 1, 0) if last else (step, micro_step)
+        while self._schedule is not None and self._scheduled is not None and self._scheduled <= step:
+            self._core.set_weights(self._schedule.at(self._scheduled), self._scheduled)
+            self._scheduled = self._schedule.next_change(self._scheduled)
 
     def _units(self, weights: Weights) -> np.ndarray:
         if isinstance(weights, np.ndarray) and weights.dtype == np.int64 and weights.sum() == WEIGHT_ONE:

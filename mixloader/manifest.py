@@ -66,6 +66,11 @@ class Manifest:
         return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
+    def is_ready(self) -> bool:
+        """Whether all training shards can be read where they lie; else some are fetched or decompressed first."""
+        return all(shard.is_ready for domain in self.domains for shard in domain.shards)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of all that the token stream depends on; folders may move, data may not change."""
         return self.prefix_fingerprint(len(self.domains))

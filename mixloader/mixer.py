@@ -93,14 +93,14 @@ class Mixer:
         self._before_reset = loader.state_dict()
         weights = self.policy.reset(loader.table)
         if weights is not None:
-            loader.set_weights(quantize(as_weights(weights, loader.names)))
+            loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
         self._after_reset = stream = loader.state_dict()
         self._next = stream["step"]  # the plan step that the next step() ends
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
         self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
         cursors = np.array(stream["cursors"], dtype=np.int64)
         builder = ObservationBuilder(loader.windows, loader.seq_len, token_budget, self._next - 1, cursors)
-        self._decider = Decider(self.policy, loader.table, builder)
+        self._decider = Decider(self.policy, loader.table, builder, loader.removed)
         self._feedback: dict[str, tuple[float, int]] = {}
         self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
         self._snapshots: list[StatsSnapshot] = []
@@ -322,6 +322,7 @@ class Mixer:
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]
         self._in_force = list(state["in_force"])
+        self._decider.removed = self.loader.removed
         self._domains_changed = state["domains_changed"]
         self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
         self.stats.snapshot()  # whatever was counted since is not part of the state

@@ -97,6 +97,16 @@ def grouped(
     return weights[group_of] / weights.sum() * shared
 
 
+def without(removed: Sequence[str], weights: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """float64 [D]: the weights with zero for the removed domains. Raises WeightsError if nothing is left."""
+    if not removed:
+        return weights
+    kept = np.where([name in removed for name in names], 0.0, weights)
+    if not kept.any():
+        raise WeightsError(f"all the weight is on domains that were removed: {', '.join(removed)}")
+    return kept
+
+
 def as_fractions(units: Sequence[int] | np.ndarray) -> np.ndarray:
     """Integer weights [D] back as float64 [D] that sum to 1."""
     return np.asarray(units, dtype=np.int64) / WEIGHT_ONE

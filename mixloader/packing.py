@@ -20,7 +20,7 @@ import numpy as np
 
 from mixloader import _core
 from mixloader.errors import ManifestError, ShardError
-from mixloader.files import sync
+from mixloader.files import cache_folder, sync
 from mixloader.formats.base import Shard
 
 _FORMAT = 1  # of the sidecar and of the rows in it: a change of either makes every sidecar anew
@@ -80,11 +80,6 @@ def pack_rows(
         raise ShardError(
             f"cannot keep packed rows in {folder}: {error}; name another folder with cache_dir= or MIXLOADER_CACHE"
         ) from error
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where what can be made again is kept: as given, else $MIXLOADER_CACHE, else ~/.cache/mixloader."""
-    return Path(cache_dir or os.environ.get("MIXLOADER_CACHE") or "~/.cache/mixloader").expanduser()
 
 
 def _check(shard: Shard, boundaries: _core.Boundaries) -> None:

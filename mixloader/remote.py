@@ -130,9 +130,7 @@ def fetch(
             pieces = decompressed(_hashed(remote.parts(announced), seen), compression, url)
             written = sum(file.write(piece) for piece in _at_most(pieces, bytes, url))
             if bytes not in (None, written):
-                raise DamagedError(
-                    f"{url} gave {written} bytes, but {bytes} were expected; it was replaced or damaged"
-                )
+                raise DamagedError(f"{url} gave {written} bytes, but {bytes} were expected; it was replaced or damaged")
             if seen is not None and digest is not None and seen.hexdigest() != digest.partition(":")[2].lower():
                 algorithm, _, expected = digest.partition(":")
                 raise DamagedError(

@@ -60,7 +60,7 @@ def test_every_window_comes_once_an_epoch(data):
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_set_weights_applies_to_the_next_step_though_prefetch_is_full(data, num_workers):
-    with MixLoader(data, 4, 8, num_workers=num_workers, prefetch_factor=4) as loader:
+    with MixLoader(data, 4, 8, num_workers=num_workers) as loader:
         next(loader)
         time.sleep(0.05)  # let the readers run as far ahead as they may
         for step, domain in enumerate([2, 0, 1, 2], start=1):
@@ -287,7 +287,7 @@ def test_rank_and_world_size_come_from_torch_distributed(data, monkeypatch):
         assert torch.equal(next(loader)["input_ids"], rows[10:12])
 
 
-@pytest.mark.parametrize("name", ["collate_fn", "sampler", "shuffle", "worker_init_fn", "batchsize"])
+@pytest.mark.parametrize("name", ["collate_fn", "sampler", "dataset", "worker_init_fn", "batchsize"])
 def test_arguments_that_cannot_be_honoured_are_refused_with_a_reason(data, name):
     with pytest.raises(TypeError, match=f"cannot honour {name}=: .+"):
         MixLoader(data, 4, 8, **{name: None})
