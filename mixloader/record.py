@@ -185,7 +185,7 @@ def _check_continues(path: Path, file: int, header: Mapping[str, Any], step: int
     Lines are counted without being parsed, so that a record of 10^6 decisions opens in about a second.
     """
     end, attempts, first = 0, 1, b""
-    changed: dict[str, Any] = {}
+    grown: list[dict[str, Any]] = []
     with open(path, "rb") as lines:
         for line in lines:
             if not line.endswith(b"\n"):
@@ -194,10 +194,15 @@ def _check_continues(path: Path, file: int, header: Mapping[str, Any], step: int
             end += len(line)
             attempts += line.startswith(_RESUME)
             if line.startswith(_DOMAINS) and (event := json.loads(line))["step"] <= step:
-                changed = {key: event[key] for key in ("manifest", "domains")}
+                grown.append(event)
     if not first:
         raise RecordError(f"record {path} has no whole line; move it away, or go on with record=None")
-    old = _parse(path, 1, 0, first[:-1]) | changed
+    old = _parse(path, 1, 0, first[:-1])
+    # What is said of `step` itself may have come before or after the checkpoint.
+    before = [event for event in grown if event["step"] < step][-1:]
+    here = [event for event in grown if event["step"] == step and event["domains"] == header["domains"]][-1:]
+    for event in (*before, *here):
+        old |= {key: event[key] for key in ("manifest", "domains")}
     for key in _SAME_RUN:
         if old.get(key) != header.get(key):
             raise RecordError(
