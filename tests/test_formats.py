@@ -345,6 +345,7 @@ def _npy_header(text: str, version: bytes = b"\1\0") -> bytes:
         (_npy_header("{}", b"\4\0"), "version 4.0; expected 1.0, 2.0 or 3.0"),
         (b"\x93NUMPY\2\0" + struct.pack("<I", 1 << 31) + bytes(100), "header of 2147483648 bytes"),
         (b"\x93NUMPY\1\0", "ends within its NumPy header"),
+        (b"\x93NUM", "ends within its NumPy header"),
         (b"\x93NUMPY\1\0\x76\0{", "ends within its NumPy header"),
     ],
 )

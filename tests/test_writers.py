@@ -103,6 +103,7 @@ def test_litdata(tmp_path, monkeypatch, compression):
     litdata.optimize(
         fn=_litdata_tokens, inputs=list(range(len(DOCUMENTS))), output_dir=str(out), num_workers=1,
         chunk_size=8192, item_loader=TokensLoader(), compression=compression,
+        compression_level="chunk" if compression else None,
     )  # fmt: skip
     shards = open_shards(out)
     assert len(shards) > 1

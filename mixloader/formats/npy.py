@@ -25,7 +25,7 @@ def _matches(source: Source) -> bool:
 
 def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     start = source.read(0, 12)
-    if start[:6] != _MAGIC:
+    if not start.startswith(_MAGIC[: len(start)]):
         return (raw_tokens(source, "npy", choice.dtype or "uint16"),)
     path, version = source.path, start[6:8]
     if len(start) < 12:

@@ -59,7 +59,7 @@ def test_bytes_as_llm_foundry_writes_them(tmp_path, dtype):
     theirs = StreamingDataset(local=str(folder), batch_size=1)
     assert all_tokens(shards)[129:258] == np.frombuffer(theirs[1]["tokens"], dtype=dtype).tolist()
     if dtype != "int64":
-        with pytest.raises(ShardError, match="give their dtype="):
+        with pytest.raises(ShardError, match=r"give (their )?dtype="):
             open_shards(folder)
 
 
@@ -106,7 +106,7 @@ def test_compressions_that_are_not_read_are_named(tmp_path, compression):
 
 
 def test_pickles_are_refused(tmp_path):
-    folder = write(tmp_path, {"tokens": "pkl"}, [{"tokens": [1, 2]}], allow_unsafe_types=True)
+    folder = write(tmp_path, {"tokens": "pkl"}, [{"tokens": [1, 2]}])
     with pytest.raises(ShardError, match=r"tokens:pkl; of those that may hold tokens \(none\)"):
         open_shards(folder)
 
