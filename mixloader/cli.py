@@ -184,7 +184,8 @@ def replay_verb(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     import numpy as np
 
-    from mixloader.record import read_record, replay
+    from mixloader.record import read_record
+    from mixloader.replay import replay
 
     record = read_record(args.record)
     steps = record.steps if args.steps is None else args.steps

@@ -7,7 +7,7 @@ from corpora import write_raw
 from hypothesis import strategies as st
 
 from mixloader import _core
-from mixloader.formats.base import Documents, Shard, open_shard
+from mixloader.formats import Documents, Shard, open_shard
 
 AFTER, AT, INDEX = _core.Boundaries.AFTER_EOT, _core.Boundaries.AT_EOT, _core.Boundaries.INDEX
 EOT = 7

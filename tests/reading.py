@@ -11,7 +11,7 @@ import numpy as np
 
 from mixloader import _core
 from mixloader._core import Boundaries, TokenType
-from mixloader.reference import ReferenceStream
+from mixloader.reference import ReferenceStream, domain_key
 
 DTYPES = {TokenType.INT64: np.int64, TokenType.INT32: np.int32, TokenType.UINT16: np.uint16}
 
@@ -52,7 +52,7 @@ class Reader:
         self.plan = ReferenceStream(0, ["a"], [total], self.batch_size, {0: [_core.WEIGHT_ONE]})
         self.options = {"inputs": TokenType.INT64, "targets": TokenType.INT64, "shared": False} | options
         self.core = _core.Streamer(
-            domains=[(self.plan.keys[0], shards)],
+            domains=[(domain_key("a"), shards)],
             seq_len=seq_len,
             seed=0,
             batch_size=self.batch_size,
@@ -76,7 +76,9 @@ class Reader:
             inputs = np.zeros(wide, DTYPES[self.options["inputs"]])
             targets = None if self.options["shared"] else np.zeros(shape, DTYPES[self.options["targets"]])
             rows = Rows(inputs, targets, np.full(shape, -1), np.full(shape, -1, np.int32))
-            self.core.submit(inputs, targets, np.zeros(self.batch_size, np.int64), rows.positions, rows.documents)
+            asked = self.options.get("boundaries", Boundaries.NONE) != Boundaries.NONE
+            documents = (rows.positions, rows.documents) if asked else ()
+            self.core.submit(inputs, targets, np.zeros(self.batch_size, np.int64), *documents)
             self.pending = rows
         self.core.next()
         rows, self.pending = self.pending, None

@@ -24,7 +24,8 @@ from mixloader import Manifest, MixLoader
 from mixloader.errors import ConfigError, MixLoaderError, StateError, StatsError, WeightsError
 from mixloader.mixer import Mixer
 from mixloader.mixture import as_fractions
-from mixloader.record import read_record, replay
+from mixloader.record import read_record
+from mixloader.replay import replay
 
 T = 8
 
@@ -107,7 +108,7 @@ def test_step_in_the_wrong_place_is_refused_at_once(data):
         next(loader), next(loader), next(loader)
         with pytest.raises(MixLoaderError, match="to end plan step 2, but the loader stands 4 rows into step 3"):
             mixer.step()
-        with pytest.raises(MixLoaderError, match=r"asked for at plan step 3, but mixer.step\(\) has not ended step 2"):
+        with pytest.raises(MixLoaderError, match=r"stands at plan step 3, but mixer.step\(\) has not ended step 2"):
             mixer.state_dict()
 
 

@@ -39,7 +39,8 @@ def stream(shards, seq_len, batch_size, steps, **options):
     try:
         for _ in range(steps):
             batch = np.empty(shape, inputs), np.empty(shape, targets), np.empty(shape, "i8"), np.empty(shape, "i4")
-            core.submit(batch[0], batch[1], np.empty(batch_size, "i8"), batch[2], batch[3])
+            asked = options.get("boundaries", _core.Boundaries.NONE) != _core.Boundaries.NONE
+            core.submit(batch[0], batch[1], np.empty(batch_size, "i8"), *(batch[2:] if asked else ()))
             assert core.next() is not None
             yield batch
     finally:

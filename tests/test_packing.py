@@ -208,7 +208,7 @@ def test_a_killed_build_is_gone_on_with(tmp_path, cache):
     code = f"""
         import os, signal
         from mixloader import _core, packing
-        from mixloader.formats.base import open_shard
+        from mixloader.formats import open_shard
         made, build = [], _core.pack_shard
         def torn(*arguments):
             if len(made) == 2:
@@ -237,7 +237,7 @@ def test_processes_share_the_work(tmp_path, cache):
     code = f"""
         import time
         from mixloader import _core, packing
-        from mixloader.formats.base import open_shard
+        from mixloader.formats import open_shard
         build = _core.pack_shard
         def slow(*arguments):
             with open("{tmp_path}/log", "a") as log:

@@ -23,7 +23,8 @@ from mixloader import Manifest, MixLoader
 from mixloader.errors import RecordError
 from mixloader.mixer import Mixer
 from mixloader.mixture import WEIGHT_ONE, quantize
-from mixloader.record import Recorder, read_record, replay
+from mixloader.record import Recorder, read_record
+from mixloader.replay import replay
 
 HEADER = {
     "manifest": "f00d",

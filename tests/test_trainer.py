@@ -12,8 +12,9 @@ from tiny_run import FIELDS, MODEL, VOCAB_SIZE, tiny_config, tiny_data
 
 from mixloader.config import TrainConfig
 from mixloader.errors import ConfigError, ManifestError, MixLoaderError, StateError, TokenError
-from mixloader.evaluate import held_out_loss, validation_windows
+from mixloader.evaluate import held_out_loss
 from mixloader.formats import read_tokens
+from mixloader.heldout import HeldOut
 from mixloader.manifest import Manifest
 from mixloader.record import read_record
 from mixloader.train import trainer
@@ -354,10 +355,10 @@ class TestHeldOutLoss:
     def test_takes_the_same_windows_spread_evenly(self, data, model):
         domain = Manifest.open(data).domains[0]
         tokens = read_tokens(domain.validation[0])
-        windows = validation_windows(domain, 16, 4)
-        assert windows.shape == (4, 17)
-        for row, start in zip(windows, (0, 8, 16, 24), strict=True):
-            np.testing.assert_array_equal(row, tokens[start * 16 : start * 16 + 17])
+        (batch,) = HeldOut(Manifest.open(data), 4, 16, windows_per_domain=4, domains=[domain.name])
+        for x, y, start in zip(batch["input_ids"], batch["targets"], (0, 8, 16, 24), strict=True):
+            np.testing.assert_array_equal(x, tokens[start * 16 : start * 16 + 16])
+            np.testing.assert_array_equal(y, tokens[start * 16 + 1 : start * 16 + 17])
         first = held_out_loss(model, Manifest.open(data), seq_len=16, windows_per_domain=4)
         assert first == held_out_loss(model, Manifest.open(data), seq_len=16, windows_per_domain=4)
 
