@@ -40,7 +40,7 @@ $(PEERS)/.ready: bench/peers.txt
 # The stream tests under a sanitizer, with the extension rebuilt in place; `make clean` afterwards.
 asan: $(READY)
 	CFLAGS="-g -fno-omit-frame-pointer -fsanitize=address,undefined" LDFLAGS="-fsanitize=address,undefined" $(RUN) setup.py -q build_ext --inplace --force
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -q tests/test_plan.py tests/test_streamer.py tests/test_loader.py
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest -q tests/test_plan.py tests/test_streamer.py tests/test_loader.py tests/test_corpus_core.py tests/test_documents.py tests/test_packed_rows.py
 
 tsan: $(READY)
 	CFLAGS="-g -fsanitize=thread" LDFLAGS="-fsanitize=thread" $(RUN) setup.py -q build_ext --inplace --force
@@ -54,7 +54,7 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch setuptools pybind11
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,plot,dev]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,remote,plot,dev]"
 	$(RUN) -m pip install -q -c constraints.txt --no-deps litdata megatron-core
 	touch $@
 

@@ -159,7 +159,8 @@ def _free_port() -> int:
 def s3_server() -> Iterator[S3]:
     """An S3 server with an empty bucket `data`; skips where moto or s3fs is not installed."""
     pytest.importorskip("moto.server", reason="moto is not installed (pip install 'mixloader[dev]')")
-    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mixloader[remote]')")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (pip install 'mixloader[remote]')")
+    s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the address of the server that it was made for
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

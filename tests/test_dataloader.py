@@ -122,6 +122,7 @@ def test_dataloader_workers_are_refused(data):
             next(iter(workers))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchdata looks at what torch calls deprecated
 def test_torchdatas_stateful_dataloader_resumes_it(data):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     with MixLoader(data, 4, 8, max_steps=9) as plain:
