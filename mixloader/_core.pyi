@@ -122,7 +122,15 @@ class Streamer:
     ) -> None:
         """threads: None leaves their number to the core, which adds some when reads are slow; 0 reads in next()."""
 
-    def buffers(self) -> tuple[npt.NDArray[Any] | None, ...]:
+    def buffers(
+        self,
+    ) -> tuple[
+        npt.NDArray[Any],
+        npt.NDArray[Any] | None,
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64] | None,
+        npt.NDArray[np.int32] | None,
+    ]:
         """What submit() takes, in recycled memory: it goes back when the last array or view of it dies."""
 
     def submit(

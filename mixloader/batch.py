@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ _TYPES = {
     torch.int32: _core.TokenType.INT32,
     torch.uint16: _core.TokenType.UINT16,
 }
+
+
+Arrays: TypeAlias = "tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None, np.ndarray | None]"
+"""inputs, targets, domain ids, positions, documents: as the core has them, None for what the format has not."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class BatchFormat:
 class Buffers:
     """The tensors of one batch, [B, T] but for domain_ids [B]; filled by the core, then the user's for ever.
 
-    arrays: memory of the core, which takes it back when the last tensor over it is gone: inputs, targets, domain
-    ids, positions, documents, with None for what the format has not. None: memory of torch's, page-locked if so asked.
+    arrays: memory of the core, which takes it back when the last tensor over it is gone. None: memory of torch's,
+    page-locked if so asked.
     """
 
-    def __init__(self, format: BatchFormat, arrays: tuple[np.ndarray | None, ...] | None):
+    def __init__(self, format: BatchFormat, arrays: Arrays | None):
         if arrays is None:
             tensors = _allocate(format)
-            arrays = tuple(None if tensor is None else tensor.numpy() for tensor in tensors)
+            arrays = cast(Arrays, tuple(None if tensor is None else tensor.numpy() for tensor in tensors))
         else:
             tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
         self.arrays = arrays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _IO = {"pread": False, "mmap": True}
 
 class Engine:
     """One core, started. core: the _core.Streamer. windows: int64 [D], rows in one epoch of each domain.
+
+    domains: (key, shards) of each, as the core was given them.
 
     units: int64 [D], the weights of step 0.
     threads: None lets their number grow where storage is slow.
@@ -54,32 +57,41 @@ class Engine:
         shards = [shard for domain in manifest.domains for shard in domain.shards]
         known = [{**shard.for_core(), "windows": max(0, shard.tokens - 1) // seq_len} for shard in shards]
         if rules.packing is not None:
-            boundaries = rules.for_core()["boundaries"]
-            packed = pack_rows(shards, seq_len, boundaries=boundaries, eot=eot or 0, cache_dir=cache_dir)
+            packed = pack_rows(shards, seq_len, boundaries=rules.boundaries, eot=eot or 0, cache_dir=cache_dir)
             known = [k | {"packing": p.path, "windows": p.rows} for k, p in zip(known, packed, strict=True)]
         of_shards = iter(known)
-        domains = [
-            (domain_key(domain.name), list(islice(of_shards, len(domain.shards)))) for domain in manifest.domains
-        ]
-        self.windows = np.array([sum(s["windows"] for s in of) for _, of in domains], dtype=np.int64)
+        self.domains = [(domain_key(d.name), list(islice(of_shards, len(d.shards)))) for d in manifest.domains]
+        self.windows = np.array([sum(s["windows"] for s in of) for _, of in self.domains], dtype=np.int64)
         _check_windows(manifest, seq_len, self.windows)
         self._cache = None if manifest.is_ready else _open_cache(cache_dir, cache_bytes)
         self._tables = [] if self._cache is None else _fetch_tables(self._cache, known)
+        limits = rules.limits(manifest.names, self.windows)
+        self._plan = {"seed": seed, "rows": layout.global_batch, "limits": limits, **rules.plan_for_core()}
         self.core = _core.Streamer(
-            domains=domains,
+            domains=self.domains,
             seq_len=seq_len,
             vocab_size=vocab_size or 0,
             eot=eot or 0,
             seed=seed,
             mmap=_IO[io],
-            limits=rules.limits(manifest.names, self.windows),
+            limits=limits,
             units=units,
             threads=threads,
-            **rules.for_core(),
+            boundaries=rules.boundaries,
+            **rules.plan_for_core(),
             **format.for_core(),
             **vars(layout),
         )
         self._fetcher = None if self._cache is None else Fetcher(self.core, shards, self._cache)
+
+    def planner(self, units: Sequence[int]) -> _core.Planner:
+        """The plan of this stream without its data, at step 0, with integer weights [D]."""
+        return _core.Planner(
+            keys=[key for key, _ in self.domains],
+            windows=[[shard["windows"] for shard in shards] for _, shards in self.domains],
+            units=np.array(units, dtype=np.int64),
+            **self._plan,
+        )
 
     def close(self) -> None:
         """End the threads and let go of the files."""

@@ -25,6 +25,7 @@ from mixloader.heldout import HeldOut
 from mixloader.layout import Layout, check_counts
 from mixloader.manifest import Manifest
 from mixloader.mixture import WEIGHT_ONE, Weights, as_fractions, as_weights, quantize
+from mixloader.place import Place, locate
 from mixloader.probe import probe
 from mixloader.rules import StreamRules
 from mixloader.schedule import Schedule
@@ -140,7 +141,12 @@ class MixLoader(DataLoaderSurface):
         self.pin_memory, self.timeout = bool(pin_memory), float(timeout)
         self.num_workers = 1 if num_workers is None else int(num_workers)
         threads = None if num_workers is None else int(num_workers)
-        self._reading = {"io": io, "threads": threads, "cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self._reading: dict[str, Any] = {
+            "io": io,
+            "threads": threads,
+            "cache_dir": cache_dir,
+            "cache_bytes": cache_bytes,
+        }
         self._depth = max(1, self.num_workers * (4 if prefetch_factor is None else int(prefetch_factor)))
         self._deepens = prefetch_factor is None and self.num_workers > 0
 
@@ -267,6 +273,15 @@ class MixLoader(DataLoaderSurface):
         """What each domain was asked to give and gave, to the token, by name."""
         return accounts(self)
 
+    def locate(self, step: int, row: int) -> Place:
+        """Where row `row` (of the global batch) of a plan step that is not over stands, as things stand.
+
+        For steps that are over: mixloader.replay.locate, with the run record. Raises WeightsError for them, StateError
+        if the stream ends before.
+        """
+        with self._drawing:
+            return locate(self, step, row)
+
     # Domains that come and go
 
     def add_domain(self, name: str, data: Any, weight: float = 0.0) -> int:
@@ -377,7 +392,7 @@ class MixLoader(DataLoaderSurface):
 
     def close(self) -> None:
         """End the reader threads and drop what they read ahead."""
-        self._engine.close()
+        self.engine.close()
         self._buffers.clear()
 
     def __enter__(self) -> MixLoader:
@@ -390,7 +405,7 @@ class MixLoader(DataLoaderSurface):
 
     def _open(self, units: np.ndarray) -> None:
         """Start the core over the manifest as it is now."""
-        self._engine = Engine(
+        self.engine = Engine(
             self.manifest,
             self.seq_len,
             rules=self.rules,
@@ -402,13 +417,13 @@ class MixLoader(DataLoaderSurface):
             eot=self.eot,
             **self._reading,
         )
-        self._core, self.windows = self._engine.core, self._engine.windows
+        self._core, self.windows = self.engine.core, self.engine.windows
 
     def _append(self, manifest: Manifest) -> None:
         """Go on with the same stream over a manifest with more domains at its end."""
         with self._drawing:
             state = append_domains(self.state_dict(), manifest.names)
-            old, before = self._engine, self.manifest
+            old, before = self.engine, self.manifest
             self.manifest = manifest
             try:
                 self._open(np.array(state["weights"][0][2], dtype=np.int64))

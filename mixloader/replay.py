@@ -10,6 +10,7 @@ import numpy as np
 from mixloader.errors import RecordError
 from mixloader.loader import MixLoader
 from mixloader.manifest import Manifest
+from mixloader.place import Place
 from mixloader.record import RunRecord, read_record
 
 
@@ -45,3 +46,15 @@ def replay(record: RunRecord | str | Path, data: Any, *, batch_size: int | None 
     for step, units in run.changes:
         loader.set_weights(np.array(units, dtype=np.int64), step=step)
     return loader
+
+
+def locate(record: RunRecord | str | Path, data: Any, step: int, row: int) -> Place:
+    """Where row `row` (of the global batch) of plan step `step` of a recorded run stood; nothing is read but tables.
+
+    data: the data of that run. Raises RecordError as replay does, and for a step that the record does not reach.
+    """
+    run = record if isinstance(record, RunRecord) else read_record(record)
+    if not 0 <= step < run.steps:
+        raise RecordError(f"the record knows of steps 0 to {run.steps - 1}; step {step} is none of them")
+    with replay(run, data, num_workers=0) as loader:
+        return loader.locate(step, row)

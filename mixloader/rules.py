@@ -92,14 +92,17 @@ class StreamRules:
             for e, w in zip(of, windows, strict=True)
         ]
 
-    def for_core(self) -> dict[str, Any]:
-        """The core's arguments, without the limits."""
+    @property
+    def boundaries(self) -> _core.Boundaries:
+        return _DOCUMENTS[self.documents]
+
+    def plan_for_core(self) -> dict[str, Any]:
+        """The core's arguments for the plan, without the limits."""
         return {
             "sampling": _SAMPLING[self.sampling],
             "shuffle": self.shuffle,
             "shuffle_shards": self.shuffle_shards,
             "stop_at_limit": self.exhausted == "stop",
-            "boundaries": _DOCUMENTS[self.documents],
         }
 
     def to_json(self) -> dict[str, Any]:

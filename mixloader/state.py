@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mixloader.errors import StateError
 from mixloader.mixture import WEIGHT_ONE
 
@@ -94,11 +96,11 @@ def append_domains(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
 
 
 def change_seq_len(
-    state: Mapping[str, Any], seq_len: int, old_windows: Sequence[int], windows: Sequence[int]
+    state: Mapping[str, Any], seq_len: int, old_windows: np.ndarray, windows: np.ndarray
 ) -> dict[str, Any]:
     """The same position for rows of another length: each domain begins its next epoch.
 
-    old_windows, windows: [D], of one epoch, before and after.
+    old_windows, windows: int64 [D], of one epoch, before and after.
     """
     epochs = [-(-cursor // int(n)) for cursor, n in zip(state["cursors"], old_windows, strict=True)]
     cursors = [epoch * int(n) for epoch, n in zip(epochs, windows, strict=True)]
