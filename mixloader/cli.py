@@ -1,4 +1,4 @@
-"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | report | fit-agent`.
+"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | report | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -27,6 +27,7 @@ USAGE = """usage: python -m mixloader VERB ...
   index OUT NAME=PATH ... [...]      write a manifest over shards that stay where they are
   verify MANIFEST                    compare the shards of a manifest with what it says of them
   replay RECORD DATA [--steps N]     draw a recorded run's token stream again and print its checksum
+  locate RECORD DATA --step S        say where the rows of a recorded step stood
   report RUN ...                     a table and a picture of finished runs
   fit-agent [...]                    train the agent's weights anew
 
@@ -161,9 +162,7 @@ def index_verb(argv: Sequence[str]) -> int:
 def verify_verb(argv: Sequence[str]) -> int:
     parser = _parser("verify", "Compare sizes, digests and block checksums of a manifest's shards with their files.")
     parser.add_argument("manifest", type=Path, help="a manifest.json, or its folder")
-    parser.add_argument(
-        "--root", action="append", default=[], metavar="PATH", help="a folder or URL that shards may lie in"
-    )
+    _add_root(parser)
     args = parser.parse_args(argv)
     from mixloader.index import verify
 
@@ -181,6 +180,7 @@ def replay_verb(argv: Sequence[str]) -> int:
     parser.add_argument("record", type=Path, help="a run's record.jsonl")
     parser.add_argument("data", type=Path, help="the data of that run: a manifest.json or a folder of shards")
     parser.add_argument("--steps", type=int, help="optimizer steps to draw; by default all that the record knows")
+    _add_root(parser)
     args = parser.parse_args(argv)
     import numpy as np
 
@@ -192,7 +192,7 @@ def replay_verb(argv: Sequence[str]) -> int:
     if not 0 <= steps <= record.steps:
         raise ConfigError(f"--steps is {steps}, but {args.record} knows the weights of steps 0 to {record.steps}")
     digest = hashlib.sha256()
-    with replay(record, args.data, max_steps=steps) as loader:
+    with replay(record, args.data, roots=args.root, max_steps=steps) as loader:
         rows = np.zeros(len(loader.names), dtype=np.int64)
         for batch in loader:
             # Each row is one window of seq_len + 1 tokens, so the sum does not depend on the size of batches.
@@ -206,6 +206,29 @@ def replay_verb(argv: Sequence[str]) -> int:
     return 0
 
 
+def locate_verb(argv: Sequence[str]) -> int:
+    parser = _parser("locate", "Say where the rows of a recorded step stood: domain, shard, token and document.")
+    parser.add_argument("record", type=Path, help="a run's record.jsonl")
+    parser.add_argument("data", type=Path, help="the data of that run: a manifest.json or a folder of shards")
+    parser.add_argument("--step", type=int, required=True, help="the plan step, from 0")
+    parser.add_argument("--row", type=int, help="a row of the global batch, from 0; by default all")
+    _add_root(parser)
+    args = parser.parse_args(argv)
+    from mixloader.record import read_record
+    from mixloader.replay import locate
+
+    record = read_record(args.record)
+    rows = range(record.header["global_batch"]) if args.row is None else [args.row]
+    if not all(0 <= row < record.header["global_batch"] for row in rows):
+        raise ConfigError(f"--row is {args.row}; a step of this run has {record.header['global_batch']} rows, from 0")
+    for place in locate(record, args.data, args.step, rows, roots=args.root):
+        document = "" if place.document is None else f"  document {place.document} + {place.offset}"
+        print(
+            f"row {place.row:<6}{place.domain:<24} epoch {place.epoch:<4} {place.shard} token {place.token}{document}"
+        )
+    return 0
+
+
 def report_verb(argv: Sequence[str]) -> int:
     from mixloader.report import main as report
 
@@ -216,6 +239,12 @@ def fit_agent_verb(argv: Sequence[str]) -> int:
     from mixloader.agent.fit import main as fit
 
     return fit(list(argv))
+
+
+def _add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", action="append", default=[], metavar="PATH", help="a folder or URL that shards may lie in"
+    )
 
 
 def _named_paths(pairs: Sequence[str]) -> dict[str, str]:
@@ -256,6 +285,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "index": index_verb,
     "verify": verify_verb,
     "replay": replay_verb,
+    "locate": locate_verb,
     "report": report_verb,
     "fit-agent": fit_agent_verb,
 }

@@ -82,6 +82,7 @@ class TrainConfig:
     """One training run.
 
     data: a manifest.json, a folder of shards, or a mapping from domain to path.
+    roots: folders outside a manifest's own that it may name shards in.
     out: the run's folder: checkpoints, record.jsonl, metrics.jsonl, result.json.
     seed: of the initial parameters, of dropout and of the order of the data.
     steps: optimizer steps. batch_size: rows a micro-batch. seq_len: tokens a row.
@@ -103,6 +104,7 @@ class TrainConfig:
 
     data: Any
     out: str
+    roots: list[str] = field(default_factory=list)
     seed: int = 0
     steps: int = 1000
     batch_size: int = 16
@@ -281,6 +283,10 @@ def _as_type(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ConfigError(f"{key} is {value!r}; expected a list of {len(arguments)} numbers")
         return tuple(_as_type(key, item, kind) for item, kind in zip(value, arguments, strict=True))
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} is {value!r}; expected a list")
+        return [_as_type(key, item, arguments[0]) for item in value]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} is {value!r}; expected `name: value` pairs")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ _MOST_AHEAD = 32  # batches that a prefetch grows to by itself
 class MixLoader(DataLoaderSurface):
     """Draws micro-batches of token windows from several domains.
 
-    data: a Manifest, or what Manifest.open takes: a manifest's path, a folder, {name: path}.
+    data: a Manifest, or what Manifest.open takes: a manifest's path, a folder, {name: path}. roots: folders or
+        beginnings of URLs outside a manifest's own folder that it may name shards in.
     batch_size: rows of a micro-batch on this rank. seq_len: tokens of a row.
     weights: one number a domain, in order or by name; by default each domain's share of tokens. Or a
         Schedule, or a function from the plan step to weights.
@@ -77,6 +78,7 @@ class MixLoader(DataLoaderSurface):
         batch_size: int,
         seq_len: int,
         *,
+        roots: Iterable[str | Path] = (),
         weights: Any = None,
         grad_accumulation_steps: int | None = None,
         global_batch: int | None = None,
@@ -118,7 +120,7 @@ class MixLoader(DataLoaderSurface):
         )  # fmt: skip
         if not isinstance(timeout, (int, float)) or not timeout >= 0:
             raise ValueError(f"timeout is {timeout!r}; expected seconds of at least 0")
-        self.manifest = Manifest.open(data)
+        self.manifest = Manifest.open(data, roots=roots)
         self.layout, self.seq_len, self.seed = layout, int(seq_len), int(seed)
         self.batch_size, self.grad_accumulation_steps = layout.batch_size, layout.micro_batches
         self.world_size, self.rank, self.global_batch = layout.world_size, layout.rank, layout.global_batch

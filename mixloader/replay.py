@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def replay(record: RunRecord | str | Path, data: Any, *, batch_size: int | None 
     Raises RecordError if the data are others, or if the record does not begin at step 0.
     """
     run = record if isinstance(record, RunRecord) else read_record(record)
-    header, manifest = run.header, Manifest.open(data)
+    header, manifest = run.header, Manifest.open(data, roots=options.pop("roots", ()))
     if manifest.fingerprint != header["manifest"]:
         raise RecordError(
             f"the record belongs to data with fingerprint {header['manifest']} ({', '.join(header['domains'])}), but "
@@ -48,13 +49,15 @@ def replay(record: RunRecord | str | Path, data: Any, *, batch_size: int | None 
     return loader
 
 
-def locate(record: RunRecord | str | Path, data: Any, step: int, row: int) -> Place:
-    """Where row `row` (of the global batch) of plan step `step` of a recorded run stood; nothing is read but tables.
+def locate(record: RunRecord | str | Path, data: Any, step: int, rows: Iterable[int], **options: Any) -> list[Place]:
+    """Where rows (of the global batch) of plan step `step` of a recorded run stood; no tokens are read for it.
 
-    data: the data of that run. Raises RecordError as replay does, and for a step that the record does not reach.
+    data: the data of that run. options: of MixLoader. Raises RecordError as replay does, and for a step that the
+    record does not reach.
     """
     run = record if isinstance(record, RunRecord) else read_record(record)
     if not 0 <= step < run.steps:
         raise RecordError(f"the record knows of steps 0 to {run.steps - 1}; step {step} is none of them")
-    with replay(run, data, num_workers=0) as loader:
-        return loader.locate(step, row)
+    with replay(run, data, num_workers=0, **options) as loader:
+        loader.skip(step)
+        return [loader.locate(step, row) for row in rows]

@@ -5,6 +5,7 @@ import pytest
 from corpora import tagged_domains, write_raw
 
 from mixloader import Manifest, Mixer, MixLoader
+from mixloader.cli import main
 from mixloader.errors import RecordError, StateError, WeightsError
 from mixloader.formats import read_tokens
 from mixloader.replay import locate
@@ -81,7 +82,20 @@ def test_a_record_says_where_the_rows_of_past_steps_stood(data, tmp_path):
             rows.append(next(loader)["input_ids"].tolist())
             mixer.step()
     for step in (0, 5, 6, 11):
-        for row in range(4):
-            assert first_tokens(data, locate(tmp_path / "r.jsonl", data, step, row), 8) == rows[step][row]
+        places = locate(tmp_path / "r.jsonl", data, step, range(4))
+        assert [first_tokens(data, place, 8) for place in places] == rows[step]
     with pytest.raises(RecordError, match="steps 0 to 11"):
-        locate(tmp_path / "r.jsonl", data, 12, 0)
+        locate(tmp_path / "r.jsonl", data, 12, [0])
+
+
+def test_the_verb_prints_places(data, tmp_path, capsys):
+    data.save(tmp_path / "manifest.json")
+    with MixLoader(data, 4, 8) as loader, Mixer(loader, "uniform", record=tmp_path / "r.jsonl") as mixer:
+        for _ in range(3):
+            next(loader)
+            mixer.step()
+    assert main(["locate", str(tmp_path / "r.jsonl"), str(tmp_path), "--step", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("train_" in line and "token" in line for line in lines)
+    assert main(["locate", str(tmp_path / "r.jsonl"), str(tmp_path), "--step", "2", "--row", "4"]) == 2

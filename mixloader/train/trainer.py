@@ -62,7 +62,7 @@ def train(config: TrainConfig, *, progress: bool | None = None) -> TrainResult:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    manifest = Manifest.open(config.data)
+    manifest = Manifest.open(config.data, roots=config.roots)
     config = resolve(config, manifest, device)
     with RunFolder(config.out) as folder:
         resume_from = folder.checkpoint_of({**config.to_dict(), "manifest": manifest.fingerprint})
