@@ -198,9 +198,9 @@ class PyStreamer {
   }
 
   // (step, micro-batch, version of the weights, whether it was waited for,
-  // number of the fill), or None at the stream's end.
+  // number of the fill, batches ready behind it), or None at the stream's end.
   using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
-                           std::uint64_t>;
+                           std::uint64_t, std::uint64_t>;
   // timeout: seconds, 0 for ever.
   std::optional<Drawn> next(double timeout) {
     const auto engine = checked();
@@ -226,7 +226,7 @@ class PyStreamer {
     if (batch->end) return std::nullopt;
     engine->arrays.pop_front();
     return Drawn{batch->step, batch->micro_batch, batch->weights_version,
-                 waited, batch->fill};
+                 waited,      batch->fill,        batch->ready};
   }
 
   std::optional<std::uint64_t> peek() { return checked()->streamer.peek(); }

@@ -73,9 +73,13 @@ std::optional<Batch> Streamer::next(std::chrono::milliseconds timeout) {
   }
   const Slot& slot = slots_.front();
   const auto [step, micro_batch] = timeline_.place(0);
-  const Batch batch{false, step, micro_batch, slot.version, slot.number};
+  Batch batch{false, step, micro_batch, slot.version, slot.number};
   slots_.pop_front();
   timeline_.advance();
+  while (batch.ready < slots_.size() &&
+         slots_[batch.ready].fill == Slot::Fill::kReady) {
+    ++batch.ready;
+  }
   return batch;
 }
 

@@ -39,7 +39,8 @@ struct Batch {
   std::uint64_t step = 0;
   std::uint64_t micro_batch = 0;
   std::uint64_t weights_version = 0;
-  std::uint64_t fill = 0;  // see peek()
+  std::uint64_t fill = 0;   // see peek()
+  std::uint64_t ready = 0;  // batches behind it that are ready, too
 };
 
 // Threads that read. `most` above `first`: more are started when the consumer

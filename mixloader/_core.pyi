@@ -141,8 +141,8 @@ class Streamer:
         positions: npt.NDArray[np.int64] | None = None,
         documents: npt.NDArray[np.int32] | None = None,
     ) -> None: ...
-    def next(self, timeout: float = 0.0) -> tuple[int, int, int, bool, int] | None:
-        """(step, micro-batch, weights version, had to wait, fill number); None where the stream ends.
+    def next(self, timeout: float = 0.0) -> tuple[int, int, int, bool, int, int] | None:
+        """(step, micro-batch, weights version, had to wait, fill number, batches ready behind it); None at the end.
 
         Raises RuntimeError after `timeout` seconds without a batch; 0 waits for ever.
 

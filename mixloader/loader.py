@@ -177,18 +177,20 @@ class MixLoader(DataLoaderSurface):
         with self._drawing:
             if self.max_steps is not None and self._step >= self.max_steps:
                 raise StopIteration
-            while len(self._buffers) < self._depth:
+            if not self._buffers:
                 self._submit()
             drawn = self._core.next(self.timeout)
             if drawn is None:
                 raise StopIteration
-            step, micro_step, version, waited, self.fill = drawn
+            step, micro_step, version, waited, self.fill, ready = drawn
             buffers = self._buffers.popleft()
-            if waited and self._deepens:
-                self._depth = min(self._depth + 1, _MOST_AHEAD)
             last = micro_step + 1 == self.grad_accumulation_steps
             self._step, self._micro_step = (step + 1, 0) if last else (step, micro_step + 1)
-            self._submit()
+            if waited and self._deepens:
+                self._depth = min(self._depth + 1, _MOST_AHEAD)
+            # Some at a time: while half of the batches are ready, nobody needs more work.
+            if ready < len(self._buffers) or 2 * ready < self._depth:
+                self._submit()
         batch = buffers.batch()
         batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
         return batch
@@ -222,7 +224,7 @@ class MixLoader(DataLoaderSurface):
         check_counts(steps=(steps, 0))
         with self._drawing:
             before = self._core.state()["cursors"]
-            self._follow_schedule(self._step + steps)
+            self._follow_schedule(self._last_ahead() + steps)
             self._step = self._core.skip(steps)
             after = self._core.state()["cursors"]
             self._tokens_before = [
@@ -391,6 +393,7 @@ class MixLoader(DataLoaderSurface):
                 self._schedule = None
             if self._schedule is not None:
                 self._scheduled = self._schedule.next_change(self.step)
+                self._follow_schedule(self._last_ahead())
 
     def close(self) -> None:
         """End the reader threads and drop what they read ahead."""
@@ -440,14 +443,20 @@ class MixLoader(DataLoaderSurface):
             self._schedule = None
 
     def _submit(self) -> None:
-        ahead = self._micro_step + len(self._buffers)
-        self._follow_schedule(self._step + ahead // self.grad_accumulation_steps)
-        buffers = Buffers(self.format, None if self.format.pin_memory else self._core.buffers())
-        self._core.submit(*buffers.arrays)
-        self._buffers.append(buffers)
+        """Give the core memory for as many batches as it may read ahead."""
+        while len(self._buffers) < self._depth:
+            buffers = Buffers(self.format, None if self.format.pin_memory else self._core.buffers())
+            self._buffers.append(buffers)
+            self._follow_schedule(self._last_ahead())
+            self._core.submit(*buffers.arrays)
+
+    def _last_ahead(self) -> int:
+        """The plan step of the last batch that the core has memory for."""
+        ahead = self._micro_step + max(0, len(self._buffers) - 1)
+        return self._step + ahead // self.grad_accumulation_steps
 
     def _follow_schedule(self, step: int) -> None:
-        """Set the scheduled weights of all steps up to `step`, before any of them is planned."""
+        """Set the scheduled weights of all steps up to `step`, before any of them is drawn."""
         while self._schedule is not None and self._scheduled is not None and self._scheduled <= step:
             self._core.set_weights(self._schedule.at(self._scheduled), self._scheduled)
             self._scheduled = self._schedule.next_change(self._scheduled)

@@ -153,7 +153,7 @@ def test_any_sequence_of_calls_gives_the_stream_of_the_reference(paths, threads,
         for _ in range(250):
             action = rng.choice(["next"] * 5 + ["set", "set_later", "skip", "save", "load", "peek"])
             if action == "next":
-                (step, micro_batch, version, _, _), rows = stream.next()
+                (step, micro_batch, version, *_), rows = stream.next()
                 assert (step, micro_batch, version, rows) == model.next()
             elif action in ("set", "set_later"):
                 units = random_units(rng)
@@ -188,7 +188,7 @@ def test_weights_that_change_from_another_thread_give_the_stream_of_the_weights_
         drawn = [stream.next() for _ in range(400)]
         stop.set()
         changer.join()
-    expected = reference({step: changes[version] for (step, _, version, _, _), _ in drawn})
+    expected = reference({step: changes[version] for (step, _, version, *_), _ in drawn})
     assert [rows for _, rows in drawn] == [[position(row) for row in expected.next_step()] for _ in drawn]
 
 
