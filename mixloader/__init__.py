@@ -15,9 +15,11 @@ from mixloader.loader import MixLoader
 from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
+from mixloader.mixture import grouped
 from mixloader.policies import Policy
 from mixloader.record import read_record
 from mixloader.replay import replay
+from mixloader.schedule import Schedule
 from mixloader.stats import DomainStats
 
 __version__ = _version("mixloader")
@@ -27,8 +29,10 @@ __all__ = [
     "MixLoader",
     "Mixer",
     "Policy",
+    "Schedule",
     "__version__",
     "domain_cross_entropy",
+    "grouped",
     "read_record",
     "replay",
 ]
