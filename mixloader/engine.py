@@ -28,7 +28,7 @@ _IO = {"pread": False, "mmap": True}
 class Engine:
     """One core, started. core: the _core.Streamer. windows: int64 [D], rows in one epoch of each domain.
 
-    domains: (key, shards) of each, as the core was given them.
+    domains: (key, shards) of each, as the core was given them. limits: windows that each may give in all.
 
     units: int64 [D], the weights of step 0.
     threads: None lets their number grow where storage is slow.
@@ -65,8 +65,8 @@ class Engine:
         _check_windows(manifest, seq_len, self.windows)
         self._cache = None if manifest.is_ready else _open_cache(cache_dir, cache_bytes)
         self._tables = [] if self._cache is None else _fetch_tables(self._cache, known)
-        limits = rules.limits(manifest.names, self.windows)
-        self._plan = {"seed": seed, "rows": layout.global_batch, "limits": limits, **rules.plan_for_core()}
+        self.limits = rules.limits(manifest.names, self.windows)
+        self._plan = {"seed": seed, "rows": layout.global_batch, "limits": self.limits, **rules.plan_for_core()}
         self.core = _core.Streamer(
             domains=self.domains,
             seq_len=seq_len,
@@ -74,7 +74,7 @@ class Engine:
             eot=eot or 0,
             seed=seed,
             mmap=_IO[io],
-            limits=limits,
+            limits=self.limits,
             units=units,
             threads=threads,
             boundaries=rules.boundaries,

@@ -24,11 +24,11 @@ from mixloader.errors import WeightsError
 from mixloader.heldout import HeldOut
 from mixloader.layout import Layout, check_counts
 from mixloader.manifest import Manifest
-from mixloader.mixture import WEIGHT_ONE, Weights, as_fractions, as_weights, quantize
+from mixloader.mixture import WEIGHT_ONE, Weights, as_fractions, as_weights, quantize, without
 from mixloader.place import Place, locate
 from mixloader.probe import probe
 from mixloader.rules import StreamRules
-from mixloader.schedule import Schedule
+from mixloader.schedule import FollowedSchedule, Schedule
 from mixloader.state import STATE_VERSION, append_domains, change_seq_len, check_state
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ class MixLoader(DataLoaderSurface):
         """Domains that were removed: they keep their number, and weight zero."""
         if callable(weights):
             weights = Schedule.function(weights)
-        self._schedule = weights.bind(self.names) if isinstance(weights, Schedule) else None
-        self._scheduled = None if self._schedule is None else self._schedule.next_change(0)
+        self._schedule = FollowedSchedule(weights.bind(self.names)) if isinstance(weights, Schedule) else None
         if self._schedule is not None:
             weights = self._schedule.at(0)
         units = self._units(self.manifest.table().prior if weights is None else weights)
@@ -245,6 +244,17 @@ class MixLoader(DataLoaderSurface):
         """float64 [D], sums to 1: the weights of `step`."""
         return as_fractions(self.units)
 
+    @property
+    def exhausted(self) -> tuple[str, ...]:
+        """Domains that have given all that their limit of epochs allows, up to the last step that is over."""
+        cursors = self._core.state()["cursors"]
+        return tuple(n for n, c, most in zip(self.names, cursors, self.engine.limits, strict=True) if c >= most)
+
+    @property
+    def effective_weights(self) -> np.ndarray:
+        """float64 [D], sums to 1: the weights of `step` over the domains that are not exhausted."""
+        return as_fractions(quantize(without(self.exhausted, self.weights, self.names)))
+
     def units_at(self, step: int) -> np.ndarray:
         """int64 [D]: the integer weights that `step`, not yet over, has as things stand."""
         with self._drawing:
@@ -265,11 +275,7 @@ class MixLoader(DataLoaderSurface):
             return self._core.set_weights(units, step)
         with self._drawing:
             effect = self._core.set_weights(units, step)
-            self._follow_schedule(effect - 1)
-            ahead = self._schedule.next_change(effect)
-            while ahead is not None and self._scheduled is not None and ahead < self._scheduled:
-                self._core.set_weights(units, ahead)  # over what the schedule had set already
-                ahead = self._schedule.next_change(ahead)
+            self._schedule.end(self._core, effect, units)
             self._schedule = None
         return effect
 
@@ -392,7 +398,7 @@ class MixLoader(DataLoaderSurface):
             if not state["scheduled"]:
                 self._schedule = None
             if self._schedule is not None:
-                self._scheduled = self._schedule.next_change(self.step)
+                self._schedule.rewind(self.step)
                 self._follow_schedule(self._last_ahead())
 
     def close(self) -> None:
@@ -456,10 +462,8 @@ class MixLoader(DataLoaderSurface):
         return self._step + ahead // self.grad_accumulation_steps
 
     def _follow_schedule(self, step: int) -> None:
-        """Set the scheduled weights of all steps up to `step`, before any of them is drawn."""
-        while self._schedule is not None and self._scheduled is not None and self._scheduled <= step:
-            self._core.set_weights(self._schedule.at(self._scheduled), self._scheduled)
-            self._scheduled = self._schedule.next_change(self._scheduled)
+        if self._schedule is not None:
+            self._schedule.follow(self._core, step)
 
     def _units(self, weights: Weights) -> np.ndarray:
         if isinstance(weights, np.ndarray) and weights.dtype == np.int64 and weights.sum() == WEIGHT_ONE:

@@ -107,6 +107,7 @@ class Mixer:
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
         self._pending: deque[_Pending] = deque()
         self._warned = self._closed = self._domains_changed = False
+        self._exhausted = loader.exhausted
         header = make_header(
             loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
             token_budget=token_budget,
@@ -136,6 +137,8 @@ class Mixer:
             )
         self._next = step + 1
         self._notice_changes(stream)
+        if self.loader.rules.exhausted == "redistribute":
+            self._notice_exhausted(step)
         drawn = [units for start, _, units in stream["weights"] if start <= step][-1]
         if drawn != self._in_force:
             self._in_force = drawn
@@ -200,6 +203,14 @@ class Mixer:
             for pending in self._pending:
                 pending.stale = True
 
+    def _notice_exhausted(self, step: int) -> None:
+        """A domain that has run out is told once, and policies see and set the mixture of the others."""
+        exhausted = self.loader.exhausted
+        for name in exhausted:
+            if name not in self._exhausted:
+                self._log.event("exhausted", step, domain=name)
+        self._exhausted = exhausted
+
     def _submit(self, step: int, stream: Mapping[str, Any]) -> None:
         effect = step + 1 + self.lag
         changes = [start for start, _, _ in stream["weights"]]
@@ -213,7 +224,7 @@ class Mixer:
             step=step,
             effect=effect,
             cursors=np.array(stream["cursors"], dtype=np.int64),
-            units=self.loader.units_at(effect),
+            units=self._effective(self.loader.units_at(effect)),
             earlier=earlier,
             feedback=dict(self._feedback),
             sums=self._sums,
@@ -221,6 +232,14 @@ class Mixer:
         )
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
         self._pending.append(_Pending(effect, self._decider.submit(task)))
+
+    def _effective(self, units: np.ndarray) -> np.ndarray:
+        """int64 [D]: integer weights over the domains that have not run out, as the plan will have them."""
+        if not self._exhausted or all(
+            not unit or name in self._exhausted for name, unit in zip(self.loader.names, units.tolist(), strict=True)
+        ):
+            return units
+        return quantize(without(self._exhausted, units.astype(np.float64), self.loader.names))
 
     def _collect(self, step: int) -> None:
         """Apply what takes effect at the plan steps up to `step`."""
@@ -322,7 +341,7 @@ class Mixer:
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]
         self._in_force = list(state["in_force"])
-        self._decider.removed = self.loader.removed
+        self._decider.removed, self._exhausted = self.loader.removed, self.loader.exhausted
         self._domains_changed = state["domains_changed"]
         self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
         self.stats.snapshot()  # whatever was counted since is not part of the state

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mixloader._core import Streamer
 from mixloader.errors import ConfigError, WeightsError
 from mixloader.mixture import Weights, as_weights, quantize
 
@@ -108,6 +109,36 @@ class BoundSchedule:
             return quantize(as_weights(weights, self.names))
         except WeightsError as error:
             raise WeightsError(f"the schedule at step {step}: {error}") from error
+
+
+class FollowedSchedule:
+    """A schedule that the weights of a core follow: set ahead of the plan, and no further than asked for.
+
+    So what a saved state says of later steps does not depend on how far the schedule was followed.
+    """
+
+    def __init__(self, schedule: BoundSchedule):
+        self.at = schedule.at
+        self._next_change = schedule.next_change
+        self.rewind(0)
+
+    def rewind(self, step: int) -> None:
+        """The core has the weights of `step`, and none of later ones."""
+        self._ahead = self._next_change(step)
+
+    def follow(self, core: Streamer, step: int) -> None:
+        """Set the weights of all steps up to `step`."""
+        while self._ahead is not None and self._ahead <= step:
+            core.set_weights(self.at(self._ahead), self._ahead)
+            self._ahead = self._next_change(self._ahead)
+
+    def end(self, core: Streamer, step: int, units: np.ndarray) -> None:
+        """Follow up to `step`, and have `units` from there on, also where weights were set already."""
+        self.follow(core, step - 1)
+        later = self._next_change(step)
+        while later is not None and self._ahead is not None and later < self._ahead:
+            core.set_weights(units, later)
+            later = self._next_change(later)
 
 
 def _sorted(knots: Mapping[int, Weights]) -> tuple[tuple[int, Weights], ...]:

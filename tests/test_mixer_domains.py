@@ -116,3 +116,20 @@ def test_skipped_steps_are_in_the_record_and_the_replay_knows_what_they_held(dat
     counted = sum(np.array(decision["counts"]) for decision in record.decisions)
     read = np.bincount(torch.cat([batch["domain_ids"] for batch in batches]), minlength=3)
     assert counted.tolist() == read.tolist(), "what was skipped was not read"
+
+
+def test_policies_see_the_mixture_of_the_domains_that_are_left(data, tmp_path):
+    policy = Told(lambda observation: None)
+    options = {"weights": [1, 1, 2], "max_epochs": {"math": 1}}
+    with open_loader(data, **options) as loader, Mixer(loader, policy, record=tmp_path / "r.jsonl") as mixer:
+        batches = train(loader, mixer, 20)
+        assert loader.exhausted == ("math",)
+        assert np.allclose(loader.effective_weights, [0.5, 0.5, 0])
+        assert np.allclose(loader.weights, [0.25, 0.25, 0.5])
+    last = max(batch["step"] for batch in batches if 2 in batch["domain_ids"].tolist())
+    for observation in policy.seen:
+        assert np.allclose(observation.weights, [0.5, 0.5, 0] if observation.step >= last else [0.25, 0.25, 0.5])
+    record = read_record(tmp_path / "r.jsonl")
+    assert [(e["step"], e["domain"]) for e in record.events if e["event"] == "exhausted"] == [(last, "math")]
+    with replay(record, data, max_steps=20) as again:
+        assert_same_batches(list(again), batches)
