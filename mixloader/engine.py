@@ -53,7 +53,7 @@ class Engine:
     ):
         if io not in _IO:
             raise ConfigError(f"io is {io!r}; expected 'pread' or 'mmap'")
-        _check_documents(manifest, rules, eot)
+        _check_documents(manifest, rules, eot, vocab_size)
         shards = [shard for domain in manifest.domains for shard in domain.shards]
         known = [{**shard.for_core(), "windows": max(0, shard.tokens - 1) // seq_len} for shard in shards]
         if rules.packing is not None:
@@ -135,11 +135,17 @@ def _check_windows(manifest: Manifest, seq_len: int, windows: np.ndarray) -> Non
             )
 
 
-def _check_documents(manifest: Manifest, rules: StreamRules, eot: int | None) -> None:
-    if rules.documents in ("eot", "eot_start") and eot is None:
-        raise ConfigError(
-            f"documents={rules.documents!r} needs the id of the end-of-text token, which the data do not say; give eot="
-        )
+def _check_documents(manifest: Manifest, rules: StreamRules, eot: int | None, vocab_size: int | None) -> None:
+    if rules.documents in ("eot", "eot_start"):
+        if eot is None:
+            raise ConfigError(
+                f"documents={rules.documents!r} needs the id of the end-of-text token, which the data do not say; "
+                "give eot="
+            )
+        narrow = [s for domain in manifest.domains for s in domain.shards if eot >= 1 << 8 * s.width]
+        if narrow or (vocab_size is not None and eot >= vocab_size):
+            where = f"shard {narrow[0].path} has {narrow[0].dtype} tokens" if narrow else f"vocab_size is {vocab_size}"
+            raise ConfigError(f"eot is {eot}, but {where}: no document would ever end; check eot=")
     if rules.documents == "index":
         for domain in manifest.domains:
             for shard in domain.shards:

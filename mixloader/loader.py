@@ -140,6 +140,7 @@ class MixLoader(DataLoaderSurface):
         )  # fmt: skip
         self.vocab_size = self.manifest.vocab_size if vocab_size is None else vocab_size
         self.eot = self.manifest.eot if eot is None else eot
+        check_counts(vocab_size=(1 if self.vocab_size is None else self.vocab_size, 1), eot=(self.eot or 0, 0))
         self.pin_memory, self.timeout = bool(pin_memory), float(timeout)
         self.num_workers = 1 if num_workers is None else int(num_workers)
         threads = None if num_workers is None else int(num_workers)

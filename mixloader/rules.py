@@ -33,7 +33,8 @@ class StreamRules:
 
     sampling: how rows are given to domains. "quota": error diffusion, in varied company. "multinomial": each
         row by chance. "exact": Megatron's greedy blend, in its order.
-    shuffle: windows are permuted anew in every epoch of a domain; else they come as on disk.
+    shuffle: windows are permuted anew in every epoch of a domain; else each domain's come in the order of the
+        disk (the rows of a step are in an order of their own all the same, but with sampling="exact").
     shuffle_shards: permute the shards instead, and windows only among so many of them at a time; 0 permutes
         all windows. Remote and compressed shards need it, or every batch would need another few of them.
     exhausted: what happens to a domain that has been read max_epochs times. "repeat": it begins again;

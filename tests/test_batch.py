@@ -7,6 +7,7 @@ from corpora import tagged_domains, write_raw
 
 from mixloader import MixLoader
 from mixloader.device import DevicePrefetcher
+from mixloader.errors import ConfigError
 
 
 @pytest.fixture
@@ -116,3 +117,15 @@ def test_a_change_of_weights_is_not_late_behind_the_device_prefetcher(data):
             state = loader.state_dict()
             assert state["step"] == step, "a batch that is copied ahead is not drawn"
             assert set(next(batches)["domain_ids"].tolist()) == {domain}
+
+
+@pytest.mark.parametrize("options", [{"eot": 70_000}, {"eot": 50, "vocab_size": 50}])
+def test_an_end_of_text_that_cannot_occur_is_refused(tmp_path, options):
+    with pytest.raises(ConfigError, match="no document would ever end"):
+        MixLoader(documents_of(tmp_path), 4, 8, documents="eot", **options)
+
+
+@pytest.mark.parametrize("options", [{"eot": -1}, {"eot": "x"}, {"eot": 1.5}, {"vocab_size": 2**70}, {"vocab_size": 0}])
+def test_ids_that_are_no_ids_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="expected an integer"):
+        MixLoader(documents_of(tmp_path), 4, 8, **options)
