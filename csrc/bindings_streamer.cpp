@@ -92,6 +92,7 @@ StreamState from_dict(const py::dict& dict) {
 // A Streamer, the Python arrays that it writes to, and those that it reads.
 struct Engine {
   py::object domains;
+  // (owner, arrays...) of what was submitted and not taken, oldest first.
   std::deque<py::tuple> arrays;
   Streamer streamer;  // last: its threads are joined before the arrays go
 };
@@ -182,10 +183,11 @@ class PyStreamer {
     return result;
   }
 
-  // See BatchBuffers; None for what the format does not ask for.
+  // See BatchBuffers; None for what the format does not ask for. `owner` comes
+  // back with the batch.
   void submit(const py::object& inputs, const py::object& targets,
               const py::object& domains, const py::object& positions,
-              const py::object& documents) {
+              const py::object& documents, const py::object& owner) {
     const auto engine = checked();
     const BatchBuffers buffers{writable_bytes(inputs, sizes_[0]),
                                writable_bytes(targets, sizes_[1]),
@@ -193,16 +195,17 @@ class PyStreamer {
                                writable<std::int64_t>(positions, sizes_[3]),
                                writable<std::int32_t>(documents, sizes_[4])};
     engine->arrays.push_back(
-        py::make_tuple(inputs, targets, domains, positions, documents));
+        py::make_tuple(owner, inputs, targets, domains, positions, documents));
     engine->streamer.submit(buffers);
   }
 
   // (step, micro-batch, version of the weights, whether it was waited for,
-  // number of the fill, batches ready behind it), or None at the stream's end.
+  // number of the fill, batches ready behind it, owner of the buffers), or None
+  // at the stream's end. Without `consume` it is the next batch until take().
   using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
-                           std::uint64_t, std::uint64_t>;
+                           std::uint64_t, std::uint64_t, py::object>;
   // timeout: seconds, 0 for ever.
-  std::optional<Drawn> next(double timeout) {
+  std::optional<Drawn> next(double timeout, bool consume) {
     const auto engine = checked();
     const auto begin = std::chrono::steady_clock::now();
     // While batches are read ahead the GIL stays; letting go of it may cost a
@@ -224,12 +227,36 @@ class PyStreamer {
       }
     }
     if (batch->end) return std::nullopt;
-    engine->arrays.pop_front();
-    return Drawn{batch->step, batch->micro_batch, batch->weights_version,
-                 waited,      batch->fill,        batch->ready};
+    const Drawn drawn{
+        batch->step, batch->micro_batch, batch->weights_version,   waited,
+        batch->fill, batch->ready,       engine->arrays.front()[0]};
+    // Refilled meanwhile by another thread: what is there now.
+    if (consume && !take(batch->fill)) return next(timeout, true);
+    return drawn;
   }
 
-  std::optional<std::uint64_t> peek() { return checked()->streamer.peek(); }
+  // Consumes the batch that next() gave, if it was not filled anew since.
+  bool take(std::uint64_t fill) {
+    const auto engine = checked();
+    if (!engine->streamer.take(fill)) return false;
+    engine->arrays.pop_front();
+    return true;
+  }
+
+  std::size_t queued() { return checked()->streamer.queued(); }
+
+  std::pair<std::uint64_t, std::uint64_t> position() {
+    return checked()->streamer.position();
+  }
+
+  // (number of the fill, owner of the buffers) of the next batch if it is
+  // ready.
+  std::optional<std::pair<std::uint64_t, py::object>> peek() {
+    const auto engine = checked();
+    const auto fill = engine->streamer.peek();
+    if (!fill) return std::nullopt;
+    return std::pair{*fill, py::object(engine->arrays.front()[0])};
+  }
 
   std::uint64_t set_weights(const Int64Array& units,
                             std::optional<std::uint64_t> step) {
@@ -398,8 +425,12 @@ void bind_streamer(py::module_& m) {
       .def("buffers", &PyStreamer::buffers)
       .def("submit", &PyStreamer::submit, py::arg("inputs"), py::arg("targets"),
            py::arg("domains"), py::arg("positions") = py::none(),
-           py::arg("documents") = py::none())
-      .def("next", &PyStreamer::next, py::arg("timeout") = 0.0)
+           py::arg("documents") = py::none(), py::arg("owner") = py::none())
+      .def("next", &PyStreamer::next, py::arg("timeout") = 0.0,
+           py::arg("consume") = true)
+      .def("take", &PyStreamer::take, py::arg("fill"))
+      .def("queued", &PyStreamer::queued)
+      .def("position", &PyStreamer::position)
       .def("set_weights", &PyStreamer::set_weights, py::arg("units"),
            py::arg("step") = py::none())
       .def("peek", &PyStreamer::peek)

@@ -74,13 +74,33 @@ std::optional<Batch> Streamer::next(std::chrono::milliseconds timeout) {
   const Slot& slot = slots_.front();
   const auto [step, micro_batch] = timeline_.place(0);
   Batch batch{false, step, micro_batch, slot.version, slot.number};
-  slots_.pop_front();
-  timeline_.advance();
-  while (batch.ready < slots_.size() &&
-         slots_[batch.ready].fill == Slot::Fill::kReady) {
+  while (batch.ready + 1 < slots_.size() &&
+         slots_[batch.ready + 1].fill == Slot::Fill::kReady) {
     ++batch.ready;
   }
   return batch;
+}
+
+bool Streamer::take(std::uint64_t fill) {
+  const std::lock_guard lock(mutex_);
+  if (slots_.empty() || slots_.front().fill != Slot::Fill::kReady ||
+      slots_.front().number != fill) {
+    return false;
+  }
+  slots_.pop_front();
+  timeline_.advance();
+  return true;
+}
+
+std::size_t Streamer::queued() const {
+  const std::lock_guard lock(mutex_);
+  return slots_.size();
+}
+
+std::pair<std::uint64_t, std::uint64_t> Streamer::position() const {
+  const std::lock_guard lock(mutex_);
+  const auto [step, micro_batch] = timeline_.place(0);
+  return {step, micro_batch};
 }
 
 std::optional<std::uint64_t> Streamer::peek() const {

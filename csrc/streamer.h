@@ -12,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "corpus.h"
@@ -70,11 +71,22 @@ class Streamer {
   // next() that returns them, or until destruction.
   void submit(BatchBuffers buffers);
 
-  // Waits up to `timeout` for the batch in the oldest buffers, and gives them
-  // up, unless the stream has ended. An error that hit this batch is thrown
-  // here; the batch stays next, and the following call reads it anew. nullopt:
-  // not ready yet. With a timeout of zero it only looks, and reads nothing.
+  // Waits up to `timeout` for the batch in the oldest buffers, unless the
+  // stream has ended. Nothing is consumed until take(). An error that hit this
+  // batch is thrown here; the batch stays next, and the following call reads it
+  // anew. nullopt: not ready yet. With a timeout of zero it only looks, and
+  // reads nothing.
   std::optional<Batch> next(std::chrono::milliseconds timeout);
+
+  // Consumes the batch in the oldest buffers, and gives them up, if `fill` is
+  // the number of their fill; says whether it is.
+  bool take(std::uint64_t fill);
+
+  // Buffers that were submitted and not given up.
+  std::size_t queued() const;
+
+  // The next batch: its step, and its micro-batch.
+  std::pair<std::uint64_t, std::uint64_t> position() const;
 
   // The number of the fill in the oldest buffers, if they are ready. No two
   // fills have the same: if the next() that follows returns another, a change

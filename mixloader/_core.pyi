@@ -140,17 +140,29 @@ class Streamer:
         domains: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64] | None = None,
         documents: npt.NDArray[np.int32] | None = None,
-    ) -> None: ...
-    def next(self, timeout: float = 0.0) -> tuple[int, int, int, bool, int, int] | None:
-        """(step, micro-batch, weights version, had to wait, fill number, batches ready behind it); None at the end.
+        owner: Any = None,
+    ) -> None:
+        """owner comes back with the batch."""
 
-        Raises RuntimeError after `timeout` seconds without a batch; 0 waits for ever.
+    def next(self, timeout: float = 0.0, consume: bool = True) -> tuple[int, int, int, bool, int, int, Any] | None:
+        """(step, micro-batch, weights version, had to wait, fill number, batches ready behind it, owner).
 
-        At the end no buffers are given up; set_weights, skip and load_state may find more of the stream.
+        None at the end, where no buffers are given up; set_weights, skip and load_state may find more of the stream.
+        Without `consume` the batch stays the next one until take(). Raises RuntimeError after `timeout` seconds
+        without a batch; 0 waits for ever.
         """
 
-    def peek(self) -> int | None:
-        """The fill number of the oldest buffers, if they are ready; it changes when they are filled anew."""
+    def take(self, fill: int) -> bool:
+        """Consume the batch that next() gave; False if it was filled anew since."""
+
+    def queued(self) -> int:
+        """Buffers submitted and not given up."""
+
+    def position(self) -> tuple[int, int]:
+        """(step, micro-batch) of the next batch."""
+
+    def peek(self) -> tuple[int, Any] | None:
+        """(fill number, owner) of the oldest buffers, if they are ready; a new number when they are filled anew."""
 
     def set_weights(self, units: npt.NDArray[np.int64], step: int | None = None) -> int: ...
     def skip(self, n: int) -> int:

@@ -9,8 +9,6 @@ import torch
 
 from mixloader.loader import MixLoader
 
-_TOKENS = ("input_ids", "targets")
-
 
 class DevicePrefetcher:
     """Iterates over a MixLoader, with the tensors of each batch on `device`.
@@ -18,12 +16,13 @@ class DevicePrefetcher:
     While a batch is used, the next one that is ready is copied already, without being drawn: the state and
     set_weights() of the loader mean what they mean without this, and a copy that a change of weights has
     made stale is dropped. Give the loader pin_memory=True, or copies are not asynchronous.
-    dtype: of input_ids and targets there; a loader of int32 or uint16 batches halves or quarters what
-    crosses the bus, and the device widens them.
+    dtype: of input_ids there (targets are int64); a loader of int32 or uint16 batches halves or quarters what
+    crosses the bus, and the device widens them. Weights, state and the rest are the loader's own.
     """
 
     def __init__(self, loader: MixLoader, device: torch.device | str, *, dtype: torch.dtype = torch.int64):
-        self.loader, self.device, self.dtype = loader, torch.device(device), dtype
+        self.loader, self.device = loader, torch.device(device)
+        self._dtypes = {"input_ids": dtype, "targets": torch.int64}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._ahead: tuple[int, dict[str, Any]] | None = None  # fill number, tensors under way
 
@@ -56,7 +55,7 @@ class DevicePrefetcher:
             }
 
     def _widen(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.dtype) if name in _TOKENS else tensor
+        return tensor.to(self._dtypes[name]) if name in self._dtypes else tensor
 
     def _wait(self, batch: Mapping[str, Any]) -> None:
         """Let the current stream use what the side stream has written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mixloader.cache import ShardCache
 from mixloader.errors import ConfigError, ManifestError
 from mixloader.fetcher import Fetcher
 from mixloader.files import cache_folder
+from mixloader.formats import Shard
 from mixloader.formats.source import is_url
 from mixloader.layout import Layout
 from mixloader.manifest import Manifest
@@ -55,10 +57,8 @@ class Engine:
             raise ConfigError(f"io is {io!r}; expected 'pread' or 'mmap'")
         _check_documents(manifest, rules, eot, vocab_size)
         shards = [shard for domain in manifest.domains for shard in domain.shards]
-        known = [{**shard.for_core(), "windows": max(0, shard.tokens - 1) // seq_len} for shard in shards]
-        if rules.packing is not None:
-            packed = pack_rows(shards, seq_len, boundaries=rules.boundaries, eot=eot or 0, cache_dir=cache_dir)
-            known = [k | {"packing": p.path, "windows": p.rows} for k, p in zip(known, packed, strict=True)]
+        self._rows = partial(_rows, shards, rules=rules, eot=eot, cache_dir=cache_dir)
+        known = [{**shard.for_core(), **rows} for shard, rows in zip(shards, self._rows(seq_len), strict=True)]
         of_shards = iter(known)
         self.domains = [(domain_key(d.name), list(islice(of_shards, len(d.shards)))) for d in manifest.domains]
         self.windows = np.array([sum(s["windows"] for s in of) for _, of in self.domains], dtype=np.int64)
@@ -83,6 +83,11 @@ class Engine:
             **vars(layout),
         )
         self._fetcher = None if self._cache is None else Fetcher(self.core, shards, self._cache)
+
+    def epoch_windows(self, seq_len: int) -> np.ndarray:
+        """int64 [D]: rows in one epoch of each domain, if they were of another length."""
+        rows = iter(self._rows(seq_len))
+        return np.array([sum(next(rows)["windows"] for _ in shards) for _, shards in self.domains], dtype=np.int64)
 
     def planner(self, units: Sequence[int]) -> _core.Planner:
         """The plan of this stream without its data, at step 0, with integer weights [D]."""
@@ -119,11 +124,14 @@ def _fetch_tables(cache: ShardCache, shards: list[dict[str, Any]]) -> list[str]:
     return paths
 
 
-def epoch_windows(manifest: Manifest, seq_len: int) -> np.ndarray:
-    """int64 [D]: windows of seq_len + 1 tokens in one epoch of each domain."""
-    return np.array(
-        [sum(max(0, s.tokens - 1) // seq_len for s in domain.shards) for domain in manifest.domains], dtype=np.int64
-    )
+def _rows(
+    shards: Sequence[Shard], seq_len: int, *, rules: StreamRules, eot: int | None, cache_dir: str | Path | None
+) -> list[dict[str, Any]]:
+    """How many rows of seq_len tokens each shard gives, and where their table is, if they are packed."""
+    if rules.packing is None:
+        return [{"windows": max(0, shard.tokens - 1) // seq_len} for shard in shards]
+    packed = pack_rows(shards, seq_len, boundaries=rules.boundaries, eot=eot or 0, cache_dir=cache_dir)
+    return [{"packing": shard.path, "windows": shard.rows} for shard in packed]
 
 
 def _check_windows(manifest: Manifest, seq_len: int, windows: np.ndarray) -> None:

@@ -81,6 +81,8 @@ def _ranks(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if world_size is None:
         world_size = torch.distributed.get_world_size() if distributed else 1
+    if rank is None and world_size > 1 and not distributed:
+        raise ValueError(f"world_size is {world_size}, but there is no rank=; give each process its own, from 0")
     if rank is None:
         rank = torch.distributed.get_rank() if distributed else 0
     return world_size, rank
@@ -95,6 +97,8 @@ def mesh_ranks(mesh: DeviceMesh, dims: Sequence[str] | None = None) -> tuple[int
     names = mesh.mesh_dim_names
     if names is None:
         raise ValueError("the dimensions of the mesh have no names; make it with mesh_dim_names=")
+    if isinstance(dims, str) or (dims is not None and len(set(dims)) != len(dims)):
+        raise ValueError(f"mesh_dims is {dims!r}; expected a list of different names")
     chosen = [name for name in names if name in DATA_DIMS] if dims is None else list(dims)
     unknown = [name for name in chosen if name not in names]
     if unknown or (dims is None and not chosen):

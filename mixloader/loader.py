@@ -7,9 +7,10 @@ allocated here, so a batch may be kept for as long as one likes.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ import torch
 from mixloader.accounting import DomainAccount, accounts
 from mixloader.batch import BatchFormat, Buffers
 from mixloader.dataloader import DataLoaderSurface, check_torch_arguments, seed_of
-from mixloader.engine import Engine, epoch_windows
-from mixloader.errors import WeightsError
+from mixloader.engine import Engine
 from mixloader.heldout import HeldOut
 from mixloader.layout import Layout, check_counts
+from mixloader.live import LiveMixture
 from mixloader.manifest import Manifest
-from mixloader.mixture import WEIGHT_ONE, Weights, as_fractions, as_weights, quantize, without
+from mixloader.mixture import as_fractions
 from mixloader.place import Place, locate
 from mixloader.probe import probe
 from mixloader.rules import StreamRules
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _MOST_AHEAD = 32  # batches that a prefetch grows to by itself
+_SKIPPED_AT_ONCE = 1024  # steps; a schedule sets the weights of each
 
 
-class MixLoader(DataLoaderSurface):
+class MixLoader(LiveMixture, DataLoaderSurface):
     """Draws micro-batches of token windows from several domains.
 
     data: a Manifest, or what Manifest.open takes: a manifest's path, a folder, {name: path}. roots: folders or
@@ -157,14 +159,16 @@ class MixLoader(DataLoaderSurface):
         """Domains that were removed: they keep their number, and weight zero."""
         if callable(weights):
             weights = Schedule.function(weights)
-        self._schedule = FollowedSchedule(weights.bind(self.names)) if isinstance(weights, Schedule) else None
-        if self._schedule is not None:
-            weights = self._schedule.at(0)
+        self._scheduled = weights.bind(self.names) if isinstance(weights, Schedule) else None
+        self._schedule = None if self._scheduled is None else FollowedSchedule(self._scheduled)
+        if self._scheduled is not None:
+            weights = self._scheduled.at(0)
         units = self._units(self.manifest.table().prior if weights is None else weights)
-        self._step, self._micro_step = 0, 0  # of the next batch
         self._tokens_before = [0] * len(self.names)
+        self._prior: list[int] | None = None  # integer weights that the table has had since domains were added
         self._drawing = threading.RLock()  # two threads that draw get whole batches, each its own
-        self._buffers: deque[Buffers] = deque()
+        self._closed_state: dict[str, Any] | None = None
+        self._owner = os.getpid()  # a forked child has no threads, and locks that nobody releases
         self._open(units)
         self.table = self.manifest.table(as_fractions(units))
 
@@ -174,32 +178,35 @@ class MixLoader(DataLoaderSurface):
         return self
 
     def __next__(self) -> dict[str, Any]:
+        self._core.position()  # raises in a forked child, where the lock may be held for ever
         with self._drawing:
-            if self.max_steps is not None and self._step >= self.max_steps:
+            if self.max_steps is not None and self._core.position()[0] >= self.max_steps:
                 raise StopIteration
-            if not self._buffers:
-                self._submit()
-            drawn = self._core.next(self.timeout)
-            if drawn is None:
-                raise StopIteration
-            step, micro_step, version, waited, self.fill, ready = drawn
-            buffers = self._buffers.popleft()
-            last = micro_step + 1 == self.grad_accumulation_steps
-            self._step, self._micro_step = (step + 1, 0) if last else (step, micro_step + 1)
-            if waited and self._deepens:
-                self._depth = min(self._depth + 1, _MOST_AHEAD)
-            # Some at a time: while half of the batches are ready, nobody needs more work.
-            if ready < len(self._buffers) or 2 * ready < self._depth:
-                self._submit()
-        batch = buffers.batch()
-        batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
-        return batch
+            while True:
+                if not self._core.queued():
+                    self._submit(self._depth)
+                drawn = self._core.next(self.timeout, False)
+                if drawn is None:
+                    raise StopIteration
+                step, micro_step, version, waited, fill, ready, buffers = drawn
+                if waited and self._deepens:
+                    self._depth = min(self._depth + 1, _MOST_AHEAD)
+                # Some at a time: while half of the batches are ready, nobody needs more work.
+                if ready < self._core.queued() - 1 or 2 * ready < self._depth:
+                    self._submit(self._depth + 1)
+                batch = buffers.batch()
+                batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
+                self.fill = fill
+                # Last, so that an interrupt before loses nothing. False: other weights came in between.
+                if self._core.take(fill):
+                    return batch
 
     def __len__(self) -> int:
         """Micro-batches still to be drawn; only with max_steps."""
         if self.max_steps is None:
             raise TypeError("a MixLoader without max_steps has no length: it never ends")
-        return max(0, (self.max_steps - self._step) * self.grad_accumulation_steps - self._micro_step)
+        step, micro_step = self._core.position()
+        return max(0, (self.max_steps - step) * self.grad_accumulation_steps - micro_step)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,7 +216,7 @@ class MixLoader(DataLoaderSurface):
     @property
     def step(self) -> int:
         """The first plan step of which no micro-batch was drawn yet."""
-        return self._step + (self._micro_step > 0)
+        return self._core.step()
 
     @property
     def cursors(self) -> np.ndarray:
@@ -224,61 +231,18 @@ class MixLoader(DataLoaderSurface):
         check_counts(steps=(steps, 0))
         with self._drawing:
             before = self._core.state()["cursors"]
-            self._follow_schedule(self._last_ahead() + steps)
-            self._step = self._core.skip(steps)
-            after = self._core.state()["cursors"]
-            self._tokens_before = [
-                tokens - (new - old) * self.seq_len
-                for tokens, old, new in zip(self._tokens_before, before, after, strict=True)
-            ]
-        return self._step
-
-    # The mixture
-
-    @property
-    def units(self) -> np.ndarray:
-        """int64 [D], sums to WEIGHT_ONE: the integer weights of `step`."""
-        return self._core.weights_at(self.step)
-
-    @property
-    def weights(self) -> np.ndarray:
-        """float64 [D], sums to 1: the weights of `step`."""
-        return as_fractions(self.units)
-
-    @property
-    def exhausted(self) -> tuple[str, ...]:
-        """Domains that have given all that their limit of epochs allows, up to the last step that is over."""
-        cursors = self._core.state()["cursors"]
-        return tuple(n for n, c, most in zip(self.names, cursors, self.engine.limits, strict=True) if c >= most)
-
-    @property
-    def effective_weights(self) -> np.ndarray:
-        """float64 [D], sums to 1: the weights of `step` over the domains that are not exhausted."""
-        return as_fractions(quantize(without(self.exhausted, self.weights, self.names)))
-
-    def units_at(self, step: int) -> np.ndarray:
-        """int64 [D]: the integer weights that `step`, not yet over, has as things stand."""
-        with self._drawing:
-            self._follow_schedule(step)
-            return self._core.weights_at(step)
-
-    def set_weights(self, weights: Weights, step: int | None = None) -> int:
-        """Change the mixture from plan step `step` on; by default from the first step not begun.
-
-        weights: as for MixLoader, or int64 [D] that sum to WEIGHT_ONE, which are taken as they are.
-        Returns the first step with these weights. Batches read ahead for that step and after are
-        dropped and filled anew, so the change is never late. With several ranks every rank makes
-        the same call. A schedule ends at that step. Raises WeightsError and changes nothing if the weights
-        are no mixture or the step has begun.
-        """
-        units = self._units(weights)
-        if self._schedule is None:
-            return self._core.set_weights(units, step)
-        with self._drawing:
-            effect = self._core.set_weights(units, step)
-            self._schedule.end(self._core, effect, units)
-            self._schedule = None
-        return effect
+            try:
+                for done in range(0, steps, _SKIPPED_AT_ONCE):
+                    part = min(steps - done, _SKIPPED_AT_ONCE)
+                    self._follow_schedule(self._last_ahead() + part)
+                    self._core.skip(part)
+            finally:  # also of those that were skipped before an interrupt
+                after = self._core.state()["cursors"]
+                self._tokens_before = [
+                    tokens - (new - old) * self.seq_len
+                    for tokens, old, new in zip(self._tokens_before, before, after, strict=True)
+                ]
+            return self._core.step()
 
     def accounts(self) -> dict[str, DomainAccount]:
         """What each domain was asked to give and gave, to the token, by name."""
@@ -291,51 +255,13 @@ class MixLoader(DataLoaderSurface):
         if the stream ends before.
         """
         with self._drawing:
+            self._follow_schedule(step)
             return locate(self, step, row)
-
-    # Domains that come and go
-
-    def add_domain(self, name: str, data: Any, weight: float = 0.0) -> int:
-        """Append a domain; the others keep 1 - weight of the mixture. data: as in a mapping for Manifest.open.
-
-        Returns the first step that may draw from it: the first not begun.
-        """
-        if not 0 <= weight < 1:
-            raise WeightsError(f"the weight of the new domain {name!r} is {weight}; expected a share in [0, 1)")
-        self._append(self.manifest.with_domain(name, data))
-        return self.set_weights([*(self.weights[:-1] * (1 - weight)), weight])
-
-    def remove_domain(self, name: str) -> int:
-        """Never draw from a domain again; its weight goes to the others, its number stays. Returns the first step."""
-        index = self.names.index(self.manifest.domain(name).name)
-        weights = self.weights
-        weights[index] = 0.0
-        if not weights.any():
-            raise WeightsError(f"domain {name!r} is the only one with a weight; add or weigh another one first")
-        step = self.set_weights(weights)
-        self.removed = (*self.removed, name)
-        return step
-
-    def split_domain(self, name: str, parts: Mapping[str, Sequence[int]]) -> int:
-        """Replace a domain by parts, each of some of its shards (by number), which share its weight by their tokens.
-
-        The parts are new domains at the end, and begin an epoch. Returns the first step that may draw from them.
-        """
-        index = self.names.index(self.manifest.domain(name).name)
-        self._append(self.manifest.split(name, parts))
-        weights = self.weights
-        tokens = np.array([self.manifest.domain(part).tokens for part in parts], dtype=np.float64)
-        weights[len(weights) - len(tokens) :] = weights[index] * tokens / tokens.sum()
-        weights[index] = 0.0
-        step = self.set_weights(weights)
-        self.removed = (*self.removed, name)
-        return step
 
     # Beside the stream
 
     def probe(self, domain: str, batch_size: int | None = None, *, seed: int = 0) -> Iterator[dict[str, Any]]:
         """Batches of one domain's training windows, without end; this stream does not notice. seed: of their order."""
-        self.manifest.domain(domain)
         return probe(self, domain, self.batch_size if batch_size is None else batch_size, seed)
 
     def held_out(self, batch_size: int | None = None, **options: Any) -> HeldOut:
@@ -349,8 +275,8 @@ class MixLoader(DataLoaderSurface):
         weights came in between, and they hold nothing of use.
         """
         with self._drawing:
-            fill = self._core.peek()
-            return None if fill is None else (fill, self._buffers[0].batch())
+            ready = self._core.peek()
+            return None if ready is None else (ready[0], ready[1].batch())
 
     # State
 
@@ -359,10 +285,16 @@ class MixLoader(DataLoaderSurface):
 
         The same on every rank.
         """
-        core = self._core.state()
-        if self._schedule is not None:  # what it has set ahead depends on the prefetch, and is set again
-            core["weights"] = [entry for entry in core["weights"] if entry[0] <= self.step]
-            core["weights_version"] = core["weights"][-1][1]
+        if self._closed_state is not None:
+            return self._closed_state
+        with self._drawing:
+            schedule, step = self._schedule, self.step
+            with suppress(Exception):  # a schedule that fails for the next step fails there, not here
+                self._follow_schedule(step)
+            core = self._core.state()
+        if schedule is not None:  # what it has set ahead depends on the prefetch, and is set again
+            core["weights"] = [entry for entry in core["weights"] if entry[0] <= step or schedule.is_over(entry[0])]
+            core["weights_version"] = max(version for _, version, _ in core["weights"])
         return {
             "version": STATE_VERSION,
             "fingerprint": self.manifest.fingerprint,
@@ -372,7 +304,8 @@ class MixLoader(DataLoaderSurface):
             "rules": self.rules.to_json(),
             "domains": list(self.names),
             "removed": list(self.removed),
-            "scheduled": self._schedule is not None,
+            "schedule": None if schedule is None else schedule.to_json(),
+            "prior": self._prior,
             "tokens_before": list(self._tokens_before),
             **core,
         }
@@ -387,25 +320,27 @@ class MixLoader(DataLoaderSurface):
         check_state(state, self)
         state = append_domains(state, self.names)
         if state["seq_len"] != self.seq_len:
-            old = epoch_windows(self.manifest, state["seq_len"])
-            state = change_seq_len(state, self.seq_len, old, self.windows)
+            state = change_seq_len(state, self.seq_len, self.engine.epoch_windows(state["seq_len"]), self.windows)
         with self._drawing:
             self._core.load_state(
                 {key: state[key] for key in ("step", "rows", "cursors", "residuals", "weights_version", "weights")}
             )
             self._tokens_before, self.removed = list(state["tokens_before"]), tuple(state["removed"])
-            self._step = state["step"]
-            self._micro_step = state["rows"] // (self.batch_size * self.world_size)
-            if not state["scheduled"]:
-                self._schedule = None
-            if self._schedule is not None:
-                self._schedule.rewind(self.step)
+            self._prior = state["prior"]
+            if self._prior is not None:
+                self.table = self.manifest.table(as_fractions(self._prior))
+            self._schedule = None
+            if state["schedule"] is not None and self._scheduled is not None:
+                ends = state["schedule"]["ends"]
+                followed = max(step for step, _, _ in state["weights"] if ends is None or step < ends)
+                self._schedule = FollowedSchedule(self._scheduled, followed, ends)
                 self._follow_schedule(self._last_ahead())
 
     def close(self) -> None:
-        """End the reader threads and drop what they read ahead."""
+        """End the reader threads and drop what they read ahead. The state stays to be had."""
+        if self._closed_state is None and os.getpid() == self._owner:
+            self._closed_state = self.state_dict()
         self.engine.close()
-        self._buffers.clear()
 
     def __enter__(self) -> MixLoader:
         return self
@@ -431,48 +366,31 @@ class MixLoader(DataLoaderSurface):
         )
         self._core, self.windows = self.engine.core, self.engine.windows
 
-    def _append(self, manifest: Manifest) -> None:
-        """Go on with the same stream over a manifest with more domains at its end."""
-        with self._drawing:
-            state = append_domains(self.state_dict(), manifest.names)
-            old, before = self.engine, self.manifest
-            self.manifest = manifest
+    @property
+    def schedule_digest(self) -> str | None:
+        """Which schedule the loader was made with, if any."""
+        return None if self._scheduled is None else self._scheduled.digest
+
+    def _submit(self, ahead: int) -> None:
+        """Give the core memory until it has it for `ahead` batches."""
+        while self._core.queued() < ahead:
             try:
-                self._open(np.array(state["weights"][0][2], dtype=np.int64))
-            except BaseException:
-                self.manifest = before
+                self._follow_schedule(self._last_ahead(1))
+            except Exception:
+                if self._core.queued():
+                    return  # the schedule fails for a later step: an error when that one comes
                 raise
-            old.close()
-            self._buffers.clear()
-            self._core.load_state(state)
-            self._tokens_before = state["tokens_before"]
-            self.table = manifest.table(self.weights)
-            self._schedule = None
-
-    def _submit(self) -> None:
-        """Give the core memory for as many batches as it may read ahead."""
-        while len(self._buffers) < self._depth:
             buffers = Buffers(self.format, None if self.format.pin_memory else self._core.buffers())
-            self._buffers.append(buffers)
-            self._follow_schedule(self._last_ahead())
-            self._core.submit(*buffers.arrays)
+            self._core.submit(*buffers.arrays, buffers)
 
-    def _last_ahead(self) -> int:
-        """The plan step of the last batch that the core has memory for."""
-        ahead = self._micro_step + max(0, len(self._buffers) - 1)
-        return self._step + ahead // self.grad_accumulation_steps
+    def _last_ahead(self, more: int = 0) -> int:
+        """The plan step of the last batch that the core has memory for, if it gets it for so many more."""
+        step, micro_step = self._core.position()
+        ahead = micro_step + max(0, self._core.queued() + more - 1)
+        step += ahead // self.grad_accumulation_steps
+        return step if self.max_steps is None else max(0, min(step, self.max_steps - 1))
 
     def _follow_schedule(self, step: int) -> None:
+        """Have the scheduled weights of all steps up to `step` set."""
         if self._schedule is not None:
             self._schedule.follow(self._core, step)
-
-    def _units(self, weights: Weights) -> np.ndarray:
-        if isinstance(weights, np.ndarray) and weights.dtype == np.int64 and weights.sum() == WEIGHT_ONE:
-            as_weights(weights, self.names)
-            units = weights
-        else:
-            units = quantize(as_weights(weights, self.names))
-        for name in self.removed:
-            if units[self.names.index(name)]:
-                raise WeightsError(f"domain {name!r} was removed, and cannot have a weight above zero any more")
-        return units

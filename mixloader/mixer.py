@@ -28,6 +28,7 @@ from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
 
 STATE_VERSION = 1
+_SCHEDULED_SKIP = 100_000  # steps, each of which is looked at
 
 
 @dataclass
@@ -157,9 +158,11 @@ class Mixer:
         """
         self._notice_changes(self.loader.state_dict())
         self._collect(self._next + steps)
-        before = self.loader.cursors
-        begin, self._next = self._next, self.loader.skip(steps)
+        changes = self._changes_until(self._next + steps)
+        before, begin = self.loader.cursors, self._next
+        self._next = self.loader.skip(steps)
         self._decider.builder.cursors = self._decider.builder.cursors + self.loader.cursors - before
+        self._write_changes(changes)
         self._log.event("skip", begin, steps=steps)
         return self._next
 
@@ -202,6 +205,24 @@ class Mixer:
             self._version = stream["weights_version"]
             for pending in self._pending:
                 pending.stale = True
+
+    def _changes_until(self, step: int) -> list[tuple[int, list[int]]]:
+        """(step, integer weights) of each step from the next one to before `step` that changes the mixture."""
+        if step - self._next > _SCHEDULED_SKIP and self.loader.schedule_digest is not None:
+            raise MixLoaderError(
+                f"{step - self._next} steps cannot be skipped at once under a schedule; skip at most {_SCHEDULED_SKIP}"
+            )
+        if self.loader.schedule_digest is not None:
+            all_steps = [(at, self.loader.units_at(at).tolist()) for at in range(self._next, step)]
+        else:
+            all_steps = [(at, units) for at, _, units in self.loader.state_dict()["weights"] if self._next <= at < step]
+        return all_steps
+
+    def _write_changes(self, changes: list[tuple[int, list[int]]]) -> None:
+        for at, units in changes:
+            if units != self._in_force:
+                self._in_force = units
+                self._log.event("weights", at, weights=units)
 
     def _notice_exhausted(self, step: int) -> None:
         """A domain that has run out is told once, and policies see and set the mixture of the others."""
@@ -338,6 +359,7 @@ class Mixer:
         self._check_state(state)
         for pending in self._pending:
             pending.future.exception()
+        self._decider.domains = self.loader.table
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]
         self._in_force = list(state["in_force"])

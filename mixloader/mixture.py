@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mixloader._core import quantize as quantize  # reference.quantize, fast
 from mixloader.errors import WeightsError
@@ -38,8 +39,13 @@ def as_weights(weights: Weights, names: Sequence[str]) -> np.ndarray:
             )
         weights = [weights.get(name, 0.0) for name in names]
     try:
-        w = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        if isinstance(weights, torch.Tensor):
+            weights = weights.detach().to("cpu", torch.float64).numpy()
+        w = np.asarray(weights)
+        if w.dtype.kind not in "iufb":
+            raise TypeError(f"they are {w.dtype}")
+        w = w.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"weights must be numbers, one a domain, but got {weights!r}") from error
     if w.shape != (len(names),):
         raise WeightsError(f"weights have shape {list(w.shape)}; expected [{len(names)}], one for each domain")

@@ -39,7 +39,7 @@ def locate(loader: MixLoader, step: int, row: int) -> Place:
     """The place of a row of a step that is not over, as things stand; see MixLoader.locate."""
     if not 0 <= row < loader.global_batch:
         raise ValueError(f"row is {row}; a step has rows 0 to {loader.global_batch - 1}")
-    loader.units_at(step)  # a schedule sets its weights as far as this; a step that is over is refused
+    loader.units_at(step)  # refuses a step that is over
     state = loader.engine.core.state()
     changes = {start: units for start, _, units in state["weights"]}
     planner = loader.engine.planner(changes[max(start for start in changes if start <= state["step"])])

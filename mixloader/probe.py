@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mixloader.layout import check_counts
 from mixloader.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ _APART = 0x9E3779B97F4A7C15  # sets the order of a probe apart from that of the 
 
 def probe(loader: MixLoader, domain: str, batch_size: int, seed: int) -> Iterator[dict[str, Any]]:
     """Batches of a domain's training windows in an order of their own, without end; see MixLoader.probe."""
+    check_counts(batch_size=(batch_size, 1), seed=(seed, 0))
+    loader.manifest.domain(domain)
+    return _draw(loader, domain, batch_size, seed)
+
+
+def _draw(loader: MixLoader, domain: str, batch_size: int, seed: int) -> Iterator[dict[str, Any]]:
     from mixloader.loader import MixLoader
 
     manifest = loader.manifest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -58,10 +60,14 @@ class StreamRules:
         for key, known in (
             ("sampling", _SAMPLING), ("exhausted", _EXHAUSTED), ("documents", _DOCUMENTS), ("packing", _PACKING),
         ):  # fmt: skip
-            if getattr(self, key) not in known:
+            value = getattr(self, key)
+            if not (value is None or isinstance(value, str)) or value not in known:
                 expected = " or ".join(map(repr, known))
                 raise ConfigError(f"{key} is {getattr(self, key)!r}; expected {expected}")
-        if type(self.shuffle_shards) is not int or self.shuffle_shards < 0:
+        for key in ("shuffle", "mask_boundaries"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"{key} is {getattr(self, key)!r}; expected True or False")
+        if type(self.shuffle_shards) is not int or not 0 <= self.shuffle_shards < 1 << 32:
             raise ConfigError(f"shuffle_shards is {self.shuffle_shards!r}; expected a whole number of shards")
         if self.shuffle_shards and not self.shuffle:
             raise ConfigError("shuffle_shards is given with shuffle=False; leave one of them out")
@@ -73,8 +79,10 @@ class StreamRules:
             if self.exhausted == "repeat":
                 raise ConfigError("max_epochs is given, but exhausted='repeat'; say 'stop' or 'redistribute'")
             for epochs in self.max_epochs.values() if isinstance(self.max_epochs, Mapping) else [self.max_epochs]:
-                if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not epochs > 0:
-                    raise ConfigError(f"max_epochs is {self.max_epochs!r}; expected numbers above 0")
+                if isinstance(epochs, bool) or not isinstance(epochs, (int, float)) or not 0 < epochs < float("inf"):
+                    raise ConfigError(
+                        f"max_epochs is {self.max_epochs!r}; expected numbers above 0, and no entry for no limit"
+                    )
 
     def limits(self, names: Sequence[str], windows: np.ndarray) -> list[int]:
         """The draws that each domain may give in all. Raises ConfigError for a name that is no domain's."""
@@ -89,7 +97,8 @@ class StreamRules:
         else:
             of = [1 if epochs is None else epochs] * len(names)
         return [
-            NO_LIMIT if e is None or e == float("inf") else min(NO_LIMIT, int(e * int(w)))
+            # As written: 0.29 of 100 windows are 29, though the float below 0.29 times 100 is less.
+            NO_LIMIT if e is None else min(NO_LIMIT, floor(Fraction(str(e)) * int(w)))
             for e, w in zip(of, windows, strict=True)
         ]
 

@@ -7,6 +7,8 @@ arithmetic is a product, a sum and `quantize`, which every machine rounds alike.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +106,14 @@ class BoundSchedule:
             return None
         return step + 1 if self.schedule.kind == "linear" else self._steps[bisect_right(self._steps, step)]
 
+    @property
+    def digest(self) -> str:
+        """Of the schedule; all functions have the same."""
+        description = self.schedule.describe()
+        if description is None:
+            return "function"
+        return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
+
     def _checked(self, step: int, weights: Weights) -> np.ndarray:
         try:
             return quantize(as_weights(weights, self.names))
@@ -115,30 +125,40 @@ class FollowedSchedule:
     """A schedule that the weights of a core follow: set ahead of the plan, and no further than asked for.
 
     So what a saved state says of later steps does not depend on how far the schedule was followed.
+    step: the core has the weights of that step, and none of later ones but from `ends` on, if that is not None.
     """
 
-    def __init__(self, schedule: BoundSchedule):
-        self.at = schedule.at
-        self._next_change = schedule.next_change
-        self.rewind(0)
+    def __init__(self, schedule: BoundSchedule, step: int = 0, ends: int | None = None):
+        self._schedule, self._ends = schedule, ends
+        self._ahead = schedule.next_change(step)
 
-    def rewind(self, step: int) -> None:
-        """The core has the weights of `step`, and none of later ones."""
-        self._ahead = self._next_change(step)
+    def is_over(self, step: int) -> bool:
+        return self._ends is not None and step >= self._ends
+
+    def units(self, step: int) -> np.ndarray | None:
+        """int64 [D]: the weights of a step that the core was not told of yet; None for one that it knows."""
+        ahead = self._ahead is not None and step >= self._ahead and not self.is_over(step)
+        return self._schedule.at(step) if ahead else None
 
     def follow(self, core: Streamer, step: int) -> None:
         """Set the weights of all steps up to `step`."""
-        while self._ahead is not None and self._ahead <= step:
-            core.set_weights(self.at(self._ahead), self._ahead)
-            self._ahead = self._next_change(self._ahead)
+        while self._ahead is not None and self._ahead <= step and not self.is_over(self._ahead):
+            core.set_weights(self._schedule.at(self._ahead), self._ahead)
+            self._ahead = self._schedule.next_change(self._ahead)
 
     def end(self, core: Streamer, step: int, units: np.ndarray) -> None:
-        """Follow up to `step`, and have `units` from there on, also where weights were set already."""
-        self.follow(core, step - 1)
-        later = self._next_change(step)
-        while later is not None and self._ahead is not None and later < self._ahead:
+        """Have `units` from `step` on, also where weights were set already."""
+        if self.is_over(step):
+            return
+        later = self._schedule.next_change(step)
+        while later is not None and (self._ahead is None or later < self._ahead) and not self.is_over(later):
             core.set_weights(units, later)
-            later = self._next_change(later)
+            later = self._schedule.next_change(later)
+        self._ends = step
+
+    def to_json(self) -> dict[str, Any]:
+        """Which schedule, as far as that can be told, and where it ends."""
+        return {"is": self._schedule.digest, "ends": self._ends}
 
 
 def _sorted(knots: Mapping[int, Weights]) -> tuple[tuple[int, Weights], ...]:

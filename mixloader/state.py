@@ -22,6 +22,8 @@ def check_state(state: Mapping[str, Any], loader: MixLoader) -> None:
     The loader may have domains appended since. Another global batch is fine between steps, another
     seq_len always.
     """
+    if not isinstance(state, Mapping):
+        raise StateError(f"the loader state is {state!r}; expected what state_dict() gave")
     own = loader.state_dict()
     missing = sorted(set(own) - set(state))
     if missing:
@@ -44,36 +46,63 @@ def check_state(state: Mapping[str, Any], loader: MixLoader) -> None:
     for key, (what, value) in expected.items():
         if state[key] != value:
             raise StateError(f"the loader state was saved with other {what}: {state[key]!r}; this loader has {value!r}")
+    _check_numbers(state, len(names))
+    if state["seq_len"] != loader.seq_len and loader.rules.exhausted != "repeat":
+        raise StateError(
+            f"the loader state was saved with seq_len {state['seq_len']}; under exhausted={loader.rules.exhausted!r} "
+            f"limits are counted in windows of one length, so it cannot go on with {loader.seq_len}"
+        )
+    _check_schedule(state["schedule"], loader)
     if state["global_batch"] != loader.global_batch and state["rows"]:
         raise StateError(
             f"the loader state was saved {state['rows']} rows into a step of {state['global_batch']} rows; "
             f"a change to a global batch of {loader.global_batch} is possible between steps only"
         )
-    _check_numbers(state, len(names))
+
+
+def _check_schedule(saved: Any, loader: MixLoader) -> None:
+    """Refuse a state that follows a schedule which the loader does not have."""
+    if saved is None:
+        return
+    own = loader.schedule_digest
+    if not isinstance(saved, Mapping) or saved.get("is") != own:
+        raise StateError(
+            f"the loader state was saved with the schedule {saved!r}; this loader has "
+            f"{'none' if own is None else own!r}: give the schedule of that run as weights="
+        )
 
 
 def _check_numbers(state: Mapping[str, Any], domains: int) -> None:
     """Refuse numbers that cannot be those of a stream over so many domains."""
 
-    def integers(values: Any, least: int | None) -> bool:
-        return (
-            isinstance(values, (list, tuple))
-            and len(values) == domains
-            and all(type(v) is int and (least is None or v >= least) for v in values)
-        )
+    def integer(value: Any, least: int = 0) -> bool:
+        return type(value) is int and least <= value < 1 << 63
 
-    sound = (
-        all(type(state[key]) is int and state[key] >= 0 for key in ("step", "rows", "weights_version", "seq_len"))
-        and state["seq_len"] > 0
-        and state["rows"] < state["global_batch"]
-        and integers(state["cursors"], 0)
-        and integers(state["residuals"], None)
-        and integers(state["tokens_before"], None)
-        and sum(state["residuals"]) == 0
-        and all(integers(units, 0) and sum(units) == WEIGHT_ONE for _, _, units in state["weights"])
-        and any(step <= state["step"] for step, _, _ in state["weights"])
-        and all(name in state["domains"] for name in state["removed"])
-    )
+    def integers(values: Any, least: int) -> bool:
+        return isinstance(values, (list, tuple)) and len(values) == domains and all(integer(v, least) for v in values)
+
+    def units(values: Any) -> bool:
+        return integers(values, 0) and sum(values) == WEIGHT_ONE
+
+    try:
+        steps = [step for step, _, _ in state["weights"]]
+        sound = (
+            all(integer(state[key]) for key in ("step", "rows", "weights_version", "seq_len", "global_batch"))
+            and state["seq_len"] > 0
+            and state["rows"] < state["global_batch"]
+            and integers(state["cursors"], 0)
+            and integers(state["residuals"], -(1 << 62))
+            and integers(state["tokens_before"], -(1 << 63))
+            and sum(state["residuals"]) == 0
+            and all(integer(step) and integer(version) and units(of) for step, version, of in state["weights"])
+            and steps == sorted(set(steps))
+            and steps[0] <= state["step"]
+            and isinstance(state["removed"], (list, tuple))
+            and all(name in state["domains"] for name in state["removed"])
+            and (state["prior"] is None or units(state["prior"]))
+        )
+    except (TypeError, ValueError, IndexError):
+        sound = False
     if not sound:
         raise StateError(
             f"the loader state is damaged: {dict(state)!r} is no position in a stream of {domains} domains"
@@ -91,6 +120,7 @@ def append_domains(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         **state,
         "domains": list(names),
         "weights": [[step, version, [*units, *more]] for step, version, units in state["weights"]],
+        "prior": None if state["prior"] is None else [*state["prior"], *more],
         **{key: [*state[key], *more] for key in ("cursors", "residuals", "tokens_before")},
     }
 

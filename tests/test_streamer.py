@@ -238,9 +238,9 @@ def test_a_fill_has_another_number_when_the_weights_refilled_its_buffers(paths):
 
 
 def peeked(stream):
-    while (number := stream.core.peek()) is None:
+    while (ready := stream.core.peek()) is None:
         time.sleep(0.001)
-    return number
+    return ready[0]
 
 
 @contextlib.contextmanager
