@@ -332,7 +332,8 @@ class MixLoader(LiveMixture, DataLoaderSurface):
             self._schedule = None
             if state["schedule"] is not None and self._scheduled is not None:
                 ends = state["schedule"]["ends"]
-                followed = max(step for step, _, _ in state["weights"] if ends is None or step < ends)
+                known = [step for step, _, _ in state["weights"] if ends is None or step < ends]
+                followed = max(known, default=self.step)
                 self._schedule = FollowedSchedule(self._scheduled, followed, ends)
                 self._follow_schedule(self._last_ahead())
 
