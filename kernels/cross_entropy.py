@@ -12,18 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from mixloader import stats as domain_stats
-from mixloader.stats import DomainStats
+from mixloader.stats import STATISTICS, DomainStats
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Below every finite logit, but finite, so that a block of nothing but -inf gives 0 and not NaN.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
-LOSS_SCALE = tl.constexpr(domain_stats.LOSS_SCALE)
-LOSS_CLAMP = tl.constexpr(domain_stats.LOSS_CLAMP)
-LOSS_SQ_SCALE = tl.constexpr(domain_stats.LOSS_SQ_SCALE)
-COLUMNS = tl.constexpr(len(DomainStats.COLUMNS))
+LOSS_SCALE = tl.constexpr(STATISTICS["loss"].scale)
+LOSS_CLAMP = tl.constexpr(STATISTICS["loss"].clamp)
+LOSS_SQ_SCALE = tl.constexpr(STATISTICS["loss_sq"].scale)
+COLUMNS = tl.constexpr(len(STATISTICS))
 
 MAX_BLOCK = 32768
 """Columns in a block: the most that 32 warps of sm_90 hold in registers, if loads are 128 bits wide."""
@@ -89,7 +88,7 @@ def _count(sums_ptr, n_domains, domain, loss, valid, ignored):
     tl.atomic_add(cell, one, mask=counted, sem="relaxed")
     tl.atomic_add(cell + 1, units, mask=counted, sem="relaxed")
     tl.atomic_add(cell + 2, units_sq, mask=counted, sem="relaxed")
-    tl.atomic_add(cell + 3, one, mask=bad, sem="relaxed")
+    tl.atomic_add(cell + COLUMNS - 1, one, mask=bad, sem="relaxed")
 
 
 @triton.jit

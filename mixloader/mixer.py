@@ -86,7 +86,7 @@ class Mixer:
         if "influence" in self.policy.needs:
             raise ConfigError("the policy needs the signal 'influence', which a Mixer does not measure")
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
-        self.stats = DomainStats(len(loader.names), device)
+        self.stats = DomainStats(len(loader.names), device, names=loader.names)
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
