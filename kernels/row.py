@@ -98,10 +98,10 @@ def sums_of_row(
     seen = 0
     if PEEL:
         c = _edge_classes(head, body, WIDTH)
-        x = tl.load(logits_ptr + offset + c, mask=c < V, other=-INFINITY).to(tl.float32)
-        x = tl.where(c < V, capped(x, softcap, SOFTCAP), -INFINITY)
+        edges = tl.load(logits_ptr + offset + c, mask=c < V, other=-INFINITY).to(tl.float32)
+        edges = tl.where(c < V, capped(edges, softcap, SOFTCAP), -INFINITY)
         top, total, first, second, spread = _take(
-            x, c < V, 0, top, total, first, second, spread, DISTRIBUTION, SMOOTHING
+            edges, c < V, 0, top, total, first, second, spread, DISTRIBUTION, SMOOTHING
         )
         seen = V - body
     cols = tl.arange(0, BLOCK)
@@ -163,11 +163,11 @@ def write_gradient(
         out_start = start  # which the compiler knows to be aligned
     if PEEL:
         c = _edge_classes(head, body, WIDTH)
-        g = tl.zeros((2 * WIDTH,), tl.float32)
+        edges = tl.zeros((2 * WIDTH,), tl.float32)
         if not ZERO:
-            x = tl.load(logits_ptr + offset + c, mask=c < V, other=-INFINITY).to(tl.float32)
-            g = _gradient_of(x, c == target, top, of_p, at_target, everywhere, softcap, SOFTCAP, SMOOTHING)
-        tl.store(out_ptr + out_offset + c, g.to(out_ptr.dtype.element_ty), mask=c < V)
+            edges = tl.load(logits_ptr + offset + c, mask=c < V, other=-INFINITY).to(tl.float32)
+            edges = _gradient_of(edges, c == target, top, of_p, at_target, everywhere, softcap, SOFTCAP, SMOOTHING)
+        tl.store(out_ptr + out_offset + c, edges.to(out_ptr.dtype.element_ty), mask=c < V)
     cols = tl.arange(0, BLOCK)
     for block in range(0, V, BLOCK):
         i = block + cols
