@@ -38,7 +38,7 @@ def forward(
     classes = inputs.targets.where(valid, 0).long()[:, None]
     weights = inputs.weights()
     gradient = None if scale is None else _new_gradient(logits) if out is None else out
-    nll, losses = logits.new_empty(2, n, dtype=dtype)
+    nll, losses = logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)
     distribution = logits.new_empty(3, n, dtype=dtype) if sums is not None and options.distribution else None
     for rows, x, log_p in _log_softmax(logits, options.softcap, gradient):
         y = classes[rows]
