@@ -140,8 +140,8 @@ def _graph_is_kept() -> bool:
 
 
 def _gradient_in_place(logits: torch.Tensor) -> torch.Tensor | None:
-    """The logits as the tensor for their gradient, or None where rows overlap."""
-    if logits.shape[0] > 1 and (logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]):
+    """The logits as the tensor for their gradient, or None where classes are not neighbours or rows overlap."""
+    if logits.stride(1) != 1 or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]):
         return None
     # Whoever saved the logits for the backward pass is told by autograd that they have changed.
     torch.autograd.graph.increment_version(logits)

@@ -208,7 +208,11 @@ class DomainStats:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing inside this context (evaluation with gradients, warm-up of a CUDA graph)."""
+        """Count nothing inside this context (evaluation with gradients, say).
+
+        The warm-up of a CUDA graph is better counted and then thrown away with a snapshot: the kernel that counts has
+        to be compiled before the capture.
+        """
         before, self._paused = self._paused, True
         try:
             yield

@@ -140,14 +140,24 @@ def test_rescale_reaches_every_element(monkeypatch, factor):
 @needs_gpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_training_on_cuda_never_waits_for_the_device(dtype, reduction):
+@pytest.mark.parametrize("everything", [False, True])
+def test_training_on_cuda_never_waits_for_the_device(dtype, reduction, everything):
     logits, targets, domain_ids = tokens(512, 50257, dtype)
     logits.requires_grad_()
-    stats = DomainStats(3, DEVICE)
+    stats = DomainStats(4, DEVICE, distribution=everything, token_bytes=torch.ones(50257, dtype=torch.int32))
     upstream = torch.full((512,) if reduction == "none" else (), 0.5, device=DEVICE)
+    options = {}
+    if everything:
+        numbers = torch.rand(512, device=DEVICE)
+        options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "domain_weights": numbers[:4]}
+        options |= {"token_weights": numbers, "reference_losses": numbers, "in_place": True}
+        options |= {"document_ids": torch.arange(512, device=DEVICE) // 64}
+        domain_ids = torch.arange(8, device=DEVICE) % 4
+    if everything and reduction == "mean":
+        options["denominator"] = torch.tensor(512, device=DEVICE)
 
     def step():
-        loss = domain_cross_entropy(logits, targets, domain_ids, stats=stats, reduction=reduction)
+        loss = domain_cross_entropy(logits * 1.0, targets, domain_ids, stats=stats, reduction=reduction, **options)
         loss.backward(upstream)
         return stats.snapshot()
 

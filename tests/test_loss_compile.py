@@ -164,6 +164,34 @@ def test_a_second_derivative_is_refused_even_if_only_the_gradient_is_used(device
         gradient.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP"])
+def test_a_model_that_is_spread_over_ranks_trains_with_it(wrap):
+    """One rank, where both must give the gradients of the bare model; the statistics stay out of the wrappers."""
+    dist = pytest.importorskip("torch.distributed")
+    torch.manual_seed(0)
+    bare, spread = torch.nn.Linear(8, 33), torch.nn.Linear(8, 33)
+    spread.load_state_dict(bare.state_dict())
+    x, (_, targets, domain_ids) = torch.randn(4, 6, 8), batch()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if wrap == "DDP":
+            wrapped = torch.nn.parallel.DistributedDataParallel(spread)
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            wrapped = fully_shard(spread, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        stats = [DomainStats(3), DomainStats(3)]
+        for model, counted in zip((bare, wrapped), stats, strict=True):
+            domain_cross_entropy(model(x), targets, domain_ids, stats=counted).backward()
+        gradient = spread.weight.grad
+        found = gradient if wrap == "DDP" else gradient.full_tensor()
+        assert torch.allclose(found, bare.weight.grad, rtol=1e-5, atol=1e-8)
+        assert torch.equal(stats[0].buffer, stats[1].buffer)
+    finally:
+        dist.destroy_process_group()
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None

@@ -12,6 +12,7 @@ from covering import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixloader import loss_path
 from mixloader.errors import MixLoaderError, PlacementError, StatsError
 from mixloader.loss import DomainCrossEntropy, domain_cross_entropy
 from mixloader.stats import STATISTICS, DomainStats, StatsTable
@@ -172,8 +173,7 @@ def test_the_cases_cover_every_pair_of_options():
     assert len(CASES) < 50
 
 
-@pytest.mark.parametrize("options", CASES, ids=name_of)
-def test_options_agree_with_float64(device, options):
+def check(options, device):
     case = Case(options, device)
     expected, gradient, table, bad = case.expected()
     logits = case.logits.requires_grad_()
@@ -194,6 +194,21 @@ def test_options_agree_with_float64(device, options):
             tolerance = {"rel": 1e-5, "abs": 2e-4 * B * T if name == "el2n" else 1e-4}
             assert sums.column(name) == pytest.approx(table[:, column], **tolerance), name
         assert np.array_equal(sums.sums[:, -1], bad)
+
+
+@pytest.mark.parametrize("options", CASES, ids=name_of)
+def test_options_agree_with_float64(device, options):
+    check(options, device)
+
+
+@pytest.mark.parametrize("options", [case for case in CASES if case["n_classes"] > 1000], ids=name_of)
+def test_options_agree_with_float64_where_a_row_has_many_blocks(monkeypatch, options):
+    pytest.importorskip("triton", reason="triton is not installed (pip install 'mixloader[triton]')")
+    from mixloader.kernels import cross_entropy
+
+    monkeypatch.setattr(loss_path, "path_of", lambda logits: cross_entropy)
+    monkeypatch.setattr(cross_entropy, "MAX_BLOCK", 512)
+    check(options, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -229,6 +244,14 @@ def test_overlapping_rows_are_not_overwritten(device):
     loss = domain_cross_entropy(row.expand(4, 9), targets, in_place=True)
     (found,) = torch.autograd.grad(loss, row)
     (expected,) = torch.autograd.grad(F.cross_entropy(row.expand(4, 9), targets), row)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_one_row_whose_classes_are_apart_is_not_overwritten(device):
+    logits = torch.randn(9, 3).to(device).t()[:1].requires_grad_()
+    target = torch.tensor([2], device=device)
+    (found,) = torch.autograd.grad(domain_cross_entropy(logits, target, in_place=True), logits)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
