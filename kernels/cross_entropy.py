@@ -232,7 +232,8 @@ def launch_options(n_classes: int, row_stride: int, element_size: int, softcap: 
     most, of_warp = (MAX_BLOCK // 2, 512) if softcap else (MAX_BLOCK, 1024)
     block = min(most, triton.next_power_of_2(n_classes))
     return {
-        "PEEL": n_classes % width != 0 or row_stride % width != 0,
+        # Triton knows of a number whether it is a multiple of 16, and nothing finer.
+        "PEEL": n_classes % width != 0 or row_stride % 16 != 0,
         "WIDTH": width,
         "BLOCK": block,
         "num_warps": min(32, max(4, block // of_warp)),
