@@ -260,7 +260,14 @@ class Mixer:
             loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
         self._decider.change_domains(loader.table, loader.removed, loader.windows)
         more = len(loader.names) - len(self._in_force)
-        self.stats = DomainStats(len(loader.names), self.stats.device)
+        old = self.stats
+        self.stats = DomainStats(
+            len(loader.names),
+            old.device,
+            names=loader.names,
+            distribution=old.distribution,
+            token_bytes=old.token_bytes,
+        )
         self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
         self._pending = deque(_decided(decision.grown(more), stale=True) for decision in decided)
         self._version = loader.state_dict()["weights_version"]
