@@ -3,7 +3,7 @@
 One program takes one row: it reads the row once for the loss (online softmax in float32, Milakov and Gimelshein 2018),
 reads it again, now mostly from the L2 cache, to write the gradient, and adds the row's statistics with integer
 atomics. Nothing is read back by the host: the number of valid targets and the upstream gradient stay in device memory.
-The functions have the same names and arguments as those of `mixloader.loss_torch`.
+This is a path of the loss, see `mixloader.loss_path.LossPath`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,31 @@ import torch
 import triton
 import triton.language as tl
 
-from mixloader import stats as domain_stats
-from mixloader.stats import DomainStats
+from mixloader.kernels.rescale import rescale
+from mixloader.kernels.row import INFINITY, LN2, LOG2E, capped, sums_of_row, write_gradient
+from mixloader.loss_path import LossInputs, LossOptions, empty_gradient
+from mixloader.stats import STATISTICS
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# Below every finite logit, but finite, so that a block of nothing but -inf gives 0 and not NaN.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-INFINITY = tl.constexpr(float("inf"))
-LOSS_SCALE = tl.constexpr(domain_stats.LOSS_SCALE)
-LOSS_CLAMP = tl.constexpr(domain_stats.LOSS_CLAMP)
-LOSS_SQ_SCALE = tl.constexpr(domain_stats.LOSS_SQ_SCALE)
-COLUMNS = tl.constexpr(len(DomainStats.COLUMNS))
+__all__ = ["SAVED", "backward", "forward", "rescale", "valid_count"]
+
+SAVED = 2  # maximum and sum of exponentials
+
+COLUMNS = tl.constexpr(len(STATISTICS))
+NATS_SCALE = tl.constexpr(STATISTICS["loss"].scale)  # of the loss, the excess and the entropy alike
+NATS_CLAMP = tl.constexpr(STATISTICS["loss"].clamp)
+LOSS_SQ_SCALE = tl.constexpr(STATISTICS["loss_sq"].scale)
+EL2N_SCALE = tl.constexpr(STATISTICS["el2n"].scale)
+EL2N_CLAMP = tl.constexpr(STATISTICS["el2n"].clamp)
+BYTES_CLAMP = tl.constexpr(int(STATISTICS["bytes"].clamp))
+EXCESS, ENTROPY, CORRECT, EL2N, BYTES, BAD = (
+    tl.constexpr(list(STATISTICS).index(name)) for name in ("excess", "entropy", "correct", "el2n", "bytes", "bad")
+)
 
 MAX_BLOCK = 32768
-"""Columns in a block: the most that 32 warps of sm_90 hold in registers, if loads are 128 bits wide."""
+"""Columns in a block: the most that 32 warps of sm_90 hold in registers."""
 COUNT_BLOCK = 4096
-RESCALE_BLOCK = 8192
-RESCALE_PROGRAMS = 1024
+# Triton 3.10 changes the default of this option; pinned, so that losses do not change with the compiler.
+FUSION = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -38,58 +45,57 @@ def _is_valid(target, ignore_index, V: tl.constexpr):
 
 
 @triton.jit
-def _max_and_sum(row_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum of a row and the sum of exp(x - maximum), in one read."""
-    cols = tl.arange(0, BLOCK)
-    top = LOWEST
-    total = 0.0
-    for start in range(0, V, BLOCK):
-        c = start + cols
-        x = tl.load(row_ptr + c, mask=c < V, other=-INFINITY, eviction_policy="evict_last").to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp2((top - new_top) * LOG2E) + tl.sum(tl.exp2((x - new_top) * LOG2E), 0)
-        top = new_top
-    return top, total
+def _units(value, scale, clamp):
+    """Fixed point: the arithmetic of stats.add_tokens. `value` is float64."""
+    return tl.floor(tl.minimum(tl.maximum(value, 0.0), clamp) * scale + 0.5).to(tl.int64)
 
 
 @triton.jit
-def _write_gradient(out_ptr, row_ptr, target, top, total, scale, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Write scale * (softmax(x) - onehot(target)). The subtraction comes before the rounding to the output's dtype."""
-    cols = tl.arange(0, BLOCK)
-    factor = scale / total
-    for start in range(0, V, BLOCK):
-        c = start + cols
-        x = tl.load(row_ptr + c, mask=c < V, other=-INFINITY, eviction_policy="evict_first").to(tl.float32)
-        p = tl.exp2((x - top) * LOG2E) * factor
-        p = tl.where(c == target, p - scale, p)
-        tl.store(out_ptr + c, p.to(out_ptr.dtype.element_ty), mask=c < V, eviction_policy="evict_first")
-
-
-@triton.jit
-def _write_zeros(out_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
-    cols = tl.arange(0, BLOCK)
-    for start in range(0, V, BLOCK):
-        c = start + cols
-        tl.store(out_ptr + c, 0.0, mask=c < V)
-
-
-@triton.jit
-def _count(sums_ptr, n_domains, domain, loss, valid, ignored):
-    """Add one token to its domain's sums: the arithmetic of DomainStats.add, unit for unit."""
+def _count(
+    sums_ptr,
+    n_domains,
+    domain,
+    valid,
+    ignored,
+    loss,  # as returned
+    nll,
+    entropy,
+    correct,
+    el2n,
+    row,
+    target,
+    reference_losses_ptr,
+    token_bytes_ptr,
+    DISTRIBUTION: tl.constexpr,
+):
+    """Add one token to its domain's sums: the arithmetic of stats.add_tokens, unit for unit."""
     in_domain = (domain >= 0) & (domain < n_domains)
-    good = valid & (tl.abs(loss) < INFINITY)
+    good = valid & (tl.abs(nll) < INFINITY) & (tl.abs(loss) < INFINITY)
+    if reference_losses_ptr is not None:
+        reference = tl.load(reference_losses_ptr + row)
+        good = good & (tl.abs(reference) < INFINITY)
     counted = good & in_domain
-    unknown = (domain < -1) | (domain >= n_domains)
-    bad = (ignored == 0) & ((good == 0) | unknown)
-    nats = tl.minimum(tl.where(counted, loss, 0.0), LOSS_CLAMP).to(tl.float64)
-    units = tl.floor(nats * LOSS_SCALE + 0.5).to(tl.int64)
-    units_sq = tl.floor(nats * nats * LOSS_SQ_SCALE + 0.5).to(tl.int64)
+    bad = (ignored == 0) & ((good == 0) | (domain < -1) | (domain >= n_domains))
     one = tl.full((), 1, tl.int64)
     cell = sums_ptr + tl.where(in_domain, domain, n_domains) * COLUMNS
+    nats = tl.minimum(tl.where(counted, nll, 0.0), NATS_CLAMP).to(tl.float64)
     tl.atomic_add(cell, one, mask=counted, sem="relaxed")
-    tl.atomic_add(cell + 1, units, mask=counted, sem="relaxed")
-    tl.atomic_add(cell + 2, units_sq, mask=counted, sem="relaxed")
-    tl.atomic_add(cell + 3, one, mask=bad, sem="relaxed")
+    tl.atomic_add(cell + 1, _units(nats, NATS_SCALE, NATS_CLAMP), mask=counted, sem="relaxed")
+    units = _units(nats * nats, LOSS_SQ_SCALE, NATS_CLAMP * NATS_CLAMP)
+    tl.atomic_add(cell + 2, units, mask=counted, sem="relaxed")
+    if reference_losses_ptr is not None:
+        excess = tl.where(counted, nll, 0.0).to(tl.float64) - tl.where(counted, reference, 0.0).to(tl.float64)
+        tl.atomic_add(cell + EXCESS, _units(excess, NATS_SCALE, NATS_CLAMP), mask=counted, sem="relaxed")
+    if DISTRIBUTION:
+        entropy = tl.where(counted, entropy, 0.0).to(tl.float64)
+        el2n = tl.where(counted, el2n, 0.0).to(tl.float64)
+        tl.atomic_add(cell + ENTROPY, _units(entropy, NATS_SCALE, NATS_CLAMP), mask=counted, sem="relaxed")
+        tl.atomic_add(cell + CORRECT, one, mask=counted & correct, sem="relaxed")
+        tl.atomic_add(cell + EL2N, _units(el2n, EL2N_SCALE, EL2N_CLAMP), mask=counted, sem="relaxed")
+    if token_bytes_ptr is not None:
+        n_bytes = tl.load(token_bytes_ptr + target, mask=counted, other=0)
+        tl.atomic_add(cell + BYTES, tl.minimum(n_bytes, BYTES_CLAMP).to(tl.int64), mask=counted, sem="relaxed")
+    tl.atomic_add(cell + BAD, one, mask=bad, sem="relaxed")
 
 
 @triton.jit
@@ -97,48 +103,113 @@ def _rows_kernel(
     logits_ptr,
     row_stride,
     targets_ptr,
-    ignore_index,
+    domain_ids_ptr,
+    rows_per_id,
+    token_weights_ptr,  # float32 [N] or None
+    domain_weights_ptr,  # float32 [n_weights] or None
+    n_weights,
+    reference_losses_ptr,  # float32 [N] or None
+    token_bytes_ptr,  # int32 [V] or None
     losses_ptr,  # float32 [N]
-    softmax_ptr,  # float32 [2, N]: maximum and sum of exponentials of each row; written with LOSS, else read
+    saved_ptr,  # float32 [2, N]: maximum and sum of exponentials of each row; written with LOSS, else read
     gradient_ptr,  # [N, V]
+    gradient_stride,
     scale_ptr,  # float32 [1] (scale_stride 0) or [N] (1)
     scale_stride,
     sums_ptr,  # int64 [D + 1, COLUMNS]
     n_domains,
-    domain_ids_ptr,
-    rows_per_id,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
     V: tl.constexpr,
     LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
     COUNT: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PEEL: tl.constexpr,
+    SAME_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # 64 bits, because row * stride passes 2^31 with 16 thousand rows of 128 thousand classes.
     row = tl.program_id(0).to(tl.int64)
     n = tl.num_programs(0)
+    offset = row * row_stride
+    out_offset = row * gradient_stride
     target = tl.load(targets_ptr + row).to(tl.int64)
     valid = _is_valid(target, ignore_index, V)
+    domain = tl.full((), -1, tl.int64)
+    if domain_ids_ptr is not None:
+        domain = tl.load(domain_ids_ptr + row // rows_per_id).to(tl.int64)
     loss = 0.0
+    nll = 0.0
+    entropy = 0.0
+    el2n = 0.0
+    correct = False
     if valid:
-        row_ptr = logits_ptr + row * row_stride
+        weight = 1.0
+        if token_weights_ptr is not None:
+            weight = tl.load(token_weights_ptr + row)
+        if domain_weights_ptr is not None:
+            known = (domain >= 0) & (domain < n_weights)
+            weight = weight * tl.load(domain_weights_ptr + domain, mask=known, other=1.0)
         if LOSS:
-            top, total = _max_and_sum(row_ptr, V, BLOCK)
-            loss = tl.log2(total) * LN2 - (tl.load(row_ptr + target).to(tl.float32) - top)
-            tl.store(softmax_ptr + row, top)
-            tl.store(softmax_ptr + n + row, total)
+            # Before anything is written, which may be over the logits.
+            x_target = capped(tl.load(logits_ptr + offset + target).to(tl.float32), softcap, SOFTCAP)
+            top, total, first, second, spread = sums_of_row(
+                logits_ptr, offset, softcap, V, SOFTCAP, DISTRIBUTION, SMOOTHING, PEEL, WIDTH, BLOCK
+            )
+            tl.store(saved_ptr + row, top)
+            tl.store(saved_ptr + n + row, total)
+            log_total = tl.log2(total) * LN2
+            nll = log_total - (x_target - top)
+            loss = nll
+            if SMOOTHING:
+                loss = (1.0 - label_smoothing) * nll + label_smoothing * (log_total - spread / V)
+            if Z_LOSS:
+                loss = loss + z_loss * (top + log_total) * (top + log_total)
+            loss = loss * weight
+            if DISTRIBUTION:
+                p = tl.exp2((x_target - top) * LOG2E) / total
+                missing = (1.0 - p) * (1.0 - p)
+                entropy = log_total - first / total
+                # The other classes' squares: of a sum of 1 - p they are no more than its square, whatever was rounded.
+                others = tl.minimum(tl.maximum(second / (total * total) - p * p, 0.0), missing)
+                el2n = tl.sqrt(missing + others)
+                correct = x_target >= top
         else:
-            top = tl.load(softmax_ptr + row)
-            total = tl.load(softmax_ptr + n + row)
+            top = tl.load(saved_ptr + row)
+            total = tl.load(saved_ptr + n + row)
         if GRADIENT:
-            scale = tl.load(scale_ptr + row * scale_stride)
-            _write_gradient(gradient_ptr + row * V, row_ptr, target, top, total, scale, V, BLOCK)
+            scale = tl.load(scale_ptr + row * scale_stride) * weight
+            of_p = scale / total
+            if Z_LOSS:
+                of_p = of_p * (1.0 + 2.0 * z_loss * (top + tl.log2(total) * LN2))
+            at_target = scale
+            everywhere = 0.0
+            if SMOOTHING:
+                at_target = scale * (1.0 - label_smoothing)
+                everywhere = scale * label_smoothing / V
+            write_gradient(
+                gradient_ptr, out_offset, logits_ptr, offset, target, top, of_p, at_target, everywhere, softcap,
+                V, False, SOFTCAP, SMOOTHING, PEEL, SAME_STRIDE, WIDTH, BLOCK,
+            )  # fmt: skip
     elif GRADIENT:
-        _write_zeros(gradient_ptr + row * V, V, BLOCK)
+        write_gradient(
+            gradient_ptr, out_offset, logits_ptr, offset, target, 0.0, 0.0, 0.0, 0.0, softcap,
+            V, True, SOFTCAP, SMOOTHING, PEEL, SAME_STRIDE, WIDTH, BLOCK,
+        )  # fmt: skip
     if LOSS:
         tl.store(losses_ptr + row, loss)
     if COUNT:
-        domain = tl.load(domain_ids_ptr + row // rows_per_id).to(tl.int64)
-        _count(sums_ptr, n_domains, domain, loss, valid, target == ignore_index)
+        _count(
+            sums_ptr, n_domains, domain, valid, target == ignore_index, loss, nll, entropy, correct, el2n, row, target,
+            reference_losses_ptr, token_bytes_ptr, DISTRIBUTION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -154,33 +225,23 @@ def _valid_count_kernel(targets_ptr, n, ignore_index, out_ptr, V: tl.constexpr, 
     tl.store(out_ptr + 1, 1.0 / tl.maximum(count, 1).to(tl.float32))
 
 
-@triton.jit
-def _rescale_kernel(x_ptr, n_blocks, n, factor_ptr, BLOCK: tl.constexpr):
-    """x *= factor in place. The device looks at the factor: if it is 1, every program returns at once."""
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        # A 64-bit start makes `block` and with it the offsets 64 bits wide.
-        for block in range(tl.program_id(0).to(tl.int64), n_blocks, tl.num_programs(0)):
-            offsets = block * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + offsets, mask=offsets < n).to(tl.float32)
-            tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=offsets < n)
-
-
-# Triton 3.10 changes the default of this option; pinned, so that losses do not change with the compiler.
-FUSION = {"enable_fp_fusion": True}
-
-
-def launch_options(n_classes: int, row_stride: int) -> dict[str, int]:
+def launch_options(n_classes: int, row_stride: int, element_size: int, softcap: bool) -> dict[str, int | bool]:
     """Block size and compiler options of `_rows_kernel`."""
-    # Rows that do not start at multiples of 16 elements are loaded one element at a time, which takes more registers.
-    aligned = n_classes % 16 == 0 and row_stride % 16 == 0
-    block = min(MAX_BLOCK if aligned else MAX_BLOCK // 4, triton.next_power_of_2(n_classes))
-    num_warps = min(32, max(4, block // (1024 if aligned else 256)))
-    return {"BLOCK": block, "num_warps": num_warps, **FUSION}
+    width = 16 // element_size
+    # The chain rule through tanh keeps two more numbers of each logit, so that a thread can take half as many.
+    most, of_warp = (MAX_BLOCK // 2, 512) if softcap else (MAX_BLOCK, 1024)
+    block = min(most, triton.next_power_of_2(n_classes))
+    return {
+        # Triton knows of a number whether it is a multiple of 16, and nothing finer.
+        "PEEL": n_classes % width != 0 or row_stride % 16 != 0,
+        "WIDTH": width,
+        "BLOCK": block,
+        "num_warps": min(32, max(4, block // of_warp)),
+        **FUSION,
+    }
 
 
 def valid_count(targets: torch.Tensor, n_classes: int, ignore_index: int, dtype: torch.dtype) -> torch.Tensor:
-    """Number n of valid targets, and 1 / max(n, 1): float32 [2], for the mean."""
     out = torch.empty(2, dtype=dtype, device=targets.device)
     with torch.cuda.device_of(targets):
         _valid_count_kernel[(1,)](
@@ -190,85 +251,83 @@ def valid_count(targets: torch.Tensor, n_classes: int, ignore_index: int, dtype:
 
 
 def forward(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    stats: DomainStats | None,
-    domain_ids: torch.Tensor | None,
+    inputs: LossInputs,
+    options: LossOptions,
+    sums: torch.Tensor | None,
     scale: torch.Tensor | None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Token losses, and what `backward` needs besides its other arguments, and a gradient if there is a `scale`.
-
-    logits [N, V], float32, bfloat16 or float16, of any strides; targets [N]; domain_ids [B], each for N / B
-    consecutive rows, read if there are `stats`. scale float32 [1]: the gradient is that of scale * sum(losses), in the
-    dtype of the logits. Rows that are not valid have loss 0 and gradient 0. Losses are float32.
-    """
-    n, n_classes = logits.shape
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    logits, n = inputs.logits, len(inputs.targets)
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
-    softmax = torch.empty(2, n, dtype=torch.float32, device=logits.device)
-    gradient = None if scale is None else torch.empty(n, n_classes, dtype=logits.dtype, device=logits.device)
-    _rows(logits, targets, ignore_index, losses, softmax, gradient, scale, stats, domain_ids)
-    return losses, (softmax,), gradient
+    saved = torch.empty(SAVED, n, dtype=torch.float32, device=logits.device)
+    gradient = None if scale is None else empty_gradient(logits) if out is None else out
+    _rows(inputs, options, losses, saved, gradient, scale, sums)
+    return losses, saved, gradient
 
 
 def backward(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
-    saved: tuple[torch.Tensor, ...],
+    inputs: LossInputs,
+    options: LossOptions,
+    saved: torch.Tensor,
     scale: torch.Tensor,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Gradient [N, V], in the dtype of the logits, of sum(scale * losses); scale float32 [1] or [N]."""
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _rows(logits, targets, ignore_index, None, saved[0], gradient, scale, None, None)
-    return gradient
-
-
-def rescale(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """gradient * factor, rounded once, in place; factor is a scalar float32 tensor."""
-    n = gradient.numel()
-    n_blocks = triton.cdiv(n, RESCALE_BLOCK)
-    with torch.cuda.device_of(gradient):
-        _rescale_kernel[(min(n_blocks, RESCALE_PROGRAMS),)](
-            gradient, n_blocks, n, factor, BLOCK=RESCALE_BLOCK, num_warps=16, **FUSION
-        )
+    gradient = empty_gradient(inputs.logits) if out is None else out
+    _rows(inputs, options, None, saved, gradient, scale, None)
     return gradient
 
 
 def _rows(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    ignore_index: int,
+    inputs: LossInputs,
+    options: LossOptions,
     losses: torch.Tensor | None,
-    softmax: torch.Tensor,
+    saved: torch.Tensor,
     gradient: torch.Tensor | None,
     scale: torch.Tensor | None,
-    stats: DomainStats | None,
-    domain_ids: torch.Tensor | None,
+    sums: torch.Tensor | None,
 ) -> None:
+    logits = inputs.logits
     n, n_classes = logits.shape
     if n == 0:
         return
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    stride = logits.stride(0)
+    out_stride = stride if gradient is None else gradient.stride(0)
+    counted = sums is not None
+    # A missing tensor is None, and what nobody reads is the same at every launch, so that it is compiled once.
     with torch.cuda.device_of(logits):
         _rows_kernel[(n,)](
             logits,
-            logits.stride(0),
-            targets,
-            ignore_index,
+            stride,
+            inputs.targets,
+            inputs.domain_ids if counted or inputs.domain_weights is not None else None,
+            inputs.rows_per_id,
+            inputs.token_weights,
+            inputs.domain_weights,
+            0 if inputs.domain_weights is None else len(inputs.domain_weights),
+            inputs.reference_losses if counted else None,
+            inputs.token_bytes if counted else None,
             losses,
-            softmax,
+            saved,
             gradient,
+            out_stride,
             scale,
             0 if scale is None or len(scale) == 1 else 1,
-            None if stats is None else stats.buffer,
-            0 if stats is None else stats.n_domains,
-            domain_ids,
-            1 if domain_ids is None else n // len(domain_ids),
+            sums,
+            0 if sums is None else len(sums) - 1,
+            options.ignore_index,
+            options.label_smoothing,
+            options.z_loss,
+            options.softcap,
             V=n_classes,
             LOSS=losses is not None,
             GRADIENT=gradient is not None,
-            COUNT=stats is not None,
-            **launch_options(n_classes, logits.stride(0)),
+            COUNT=counted,
+            DISTRIBUTION=counted and options.distribution,
+            SMOOTHING=options.label_smoothing > 0,
+            Z_LOSS=options.z_loss > 0,
+            SOFTCAP=options.softcap > 0,
+            SAME_STRIDE=out_stride == stride,
+            **launch_options(n_classes, stride, logits.element_size(), options.softcap > 0),
         )

@@ -12,7 +12,7 @@ for batch in loader:
 from importlib.metadata import version as _version
 
 from mixloader.loader import MixLoader
-from mixloader.loss import domain_cross_entropy
+from mixloader.loss import DomainCrossEntropy, domain_cross_entropy
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
 from mixloader.mixture import grouped
@@ -24,6 +24,7 @@ from mixloader.stats import DomainStats
 
 __version__ = _version("mixloader")
 __all__ = [
+    "DomainCrossEntropy",
     "DomainStats",
     "Manifest",
     "MixLoader",

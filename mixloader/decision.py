@@ -72,7 +72,7 @@ class Task:
     effect: the plan step from which the decision holds. cursors: int64 [D], windows drawn so far.
     units: int64 [D], the weights of `effect` as the loader knows them; earlier: decisions under way that
     will have changed them by then. feedback: by name, the latest value and the step it was reported after.
-    sums: int64 [D + 1, 4], of DomainStats; snapshots: to be added to them.
+    sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to them.
     """
 
     step: int

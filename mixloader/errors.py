@@ -33,6 +33,10 @@ class RecordError(MixLoaderError, ValueError):
     """A run record that cannot be read or does not belong to this data."""
 
 
+class PlacementError(MixLoaderError, TypeError):
+    """A tensor that is spread over devices, given to an operation that needs the whole of it."""
+
+
 class StatsError(MixLoaderError, ValueError):
     """Statistics of the loss that hold bad tokens or may have overflowed. `table` holds the sums nevertheless."""
 

@@ -87,7 +87,7 @@ class Mixer:
         if "influence" in self.policy.needs:
             raise ConfigError("the policy needs the signal 'influence', which a Mixer does not measure")
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
-        self.stats = DomainStats(len(loader.names), device)
+        self.stats = DomainStats(len(loader.names), device, names=loader.names)
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
@@ -300,7 +300,14 @@ class Mixer:
             loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
         self._decider.change_domains(loader.table, loader.removed, loader.windows)
         more = len(loader.names) - len(self._in_force)
-        self.stats = DomainStats(len(loader.names), self.stats.device)
+        old = self.stats
+        self.stats = DomainStats(
+            len(loader.names),
+            old.device,
+            names=loader.names,
+            distribution=old.distribution,
+            token_bytes=old.token_bytes,
+        )
         self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
         self._pending = deque(_decided(decision.grown(more), stale=True) for decision in decided)
         self._version = loader.state_dict()["weights_version"]

@@ -17,13 +17,13 @@ settings.load_profile("mixloader")
 @pytest.fixture(params=["torch", "triton"])
 def device(request, monkeypatch):
     """Send every loss of the test through one of the two paths; gives the device for its tensors."""
-    from mixloader import loss, loss_torch
+    from mixloader import loss_path, loss_torch
 
     if request.param == "torch":
-        monkeypatch.setattr(loss, "_path", lambda rows: loss_torch)
+        monkeypatch.setattr(loss_path, "path_of", lambda logits: loss_torch)
         return "cpu"
     pytest.importorskip("triton", reason="triton is not installed (pip install 'mixloader[triton]')")
     from mixloader.kernels import cross_entropy
 
-    monkeypatch.setattr(loss, "_path", lambda rows: cross_entropy)
+    monkeypatch.setattr(loss_path, "path_of", lambda logits: cross_entropy)
     return "cuda" if torch.cuda.is_available() else "cpu"

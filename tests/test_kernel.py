@@ -7,10 +7,12 @@ import torch
 
 from mixloader import loss_torch
 from mixloader.loss import domain_cross_entropy
+from mixloader.loss_path import LossInputs, LossOptions
 from mixloader.stats import DomainStats
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'mixloader[triton]')")
 from mixloader.kernels import cross_entropy as kernels
+from mixloader.kernels import rescale as rescaling
 
 # The interpreter computes in numpy, which warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -35,10 +37,12 @@ def test_both_paths_agree(n_classes, dtype):
     for path in (kernels, loss_torch):
         stats = DomainStats(3, DEVICE)
         scale = torch.full((1,), 0.3, device=DEVICE)
-        losses, _, gradient = path.forward(logits, targets, -100, stats, domain_ids, scale)
+        losses, _, gradient = path.forward(
+            LossInputs(logits, targets, domain_ids), LossOptions(), stats.buffer, scale, None
+        )
         sums.append(stats.buffer.cpu())
         results.append((losses, gradient.double()))
-    assert torch.equal(sums[0][:, [0, 3]], sums[1][:, [0, 3]])
+    assert torch.equal(sums[0][:, [0, -1]], sums[1][:, [0, -1]])
     assert torch.allclose(sums[0].double(), sums[1].double(), rtol=1e-6)
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     # One unit in the last place of the smaller type.
@@ -55,7 +59,7 @@ def test_sums_are_those_of_the_torch_path_unit_for_unit():
     logits[3] *= 1e4  # a loss above the clamp
     logits[4, 0] = torch.nan
     stats, again = DomainStats(3, DEVICE), DomainStats(3, DEVICE)
-    losses, _, _ = kernels.forward(logits, targets, -100, stats, domain_ids, None)
+    losses, _, _ = kernels.forward(LossInputs(logits, targets, domain_ids), LossOptions(), stats.buffer, None, None)
     valid = (targets >= 0) & (targets < 19)
     again.add(losses, domain_ids, valid, targets == -100)
     assert losses[3] > 1024
@@ -68,7 +72,7 @@ def test_rows_of_one_block_and_of_several(n_classes):
     logits, targets, _ = tokens(3, n_classes)
     targets = torch.tensor([0, n_classes - 1, n_classes // 2], device=DEVICE)
     scale = torch.ones(1, device=DEVICE)
-    losses, _, gradient = kernels.forward(logits, targets, -100, None, None, scale)
+    losses, _, gradient = kernels.forward(LossInputs(logits, targets), LossOptions(), None, scale, None)
     x = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(x, targets, reduction="none")
     expected.sum().backward()
@@ -81,7 +85,9 @@ def test_masked_classes_have_probability_zero_even_if_they_fill_a_block(monkeypa
     logits, _, _ = tokens(3, 300)
     logits[0, :290], logits[1, :290], logits[2, 10:] = -torch.inf, torch.finfo(torch.float32).min, -torch.inf
     targets = torch.tensor([295, 295, 5], device=DEVICE)
-    losses, _, gradient = kernels.forward(logits, targets, -100, None, None, torch.ones(1, device=DEVICE))
+    losses, _, gradient = kernels.forward(
+        LossInputs(logits, targets), LossOptions(), None, torch.ones(1, device=DEVICE), None
+    )
     x = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(x, targets, reduction="none")
     expected.sum().backward()
@@ -92,9 +98,10 @@ def test_masked_classes_have_probability_zero_even_if_they_fill_a_block(monkeypa
 def test_the_gradient_of_the_backward_pass_is_that_of_the_forward_pass():
     logits, targets, _ = tokens(9, 1000)
     scale = torch.full((1,), 0.7, device=DEVICE)
-    _, saved, fused = kernels.forward(logits, targets, -100, None, None, scale)
-    assert torch.equal(kernels.backward(logits, targets, -100, saved, scale), fused)
-    assert torch.equal(kernels.backward(logits, targets, -100, saved, scale.expand(9).contiguous()), fused)
+    _, saved, fused = kernels.forward(LossInputs(logits, targets), LossOptions(), None, scale, None)
+    for factor in (scale, scale.expand(9).contiguous()):
+        gradient = kernels.backward(LossInputs(logits, targets), LossOptions(), saved, factor, None)
+        assert torch.equal(gradient, fused)
 
 
 def test_offsets_beyond_32_bits():
@@ -104,8 +111,8 @@ def test_offsets_beyond_32_bits():
     near = torch.arange(48.0, device=DEVICE).view(3, 16).remainder(7).to(torch.bfloat16)
     far.copy_(near)
     targets = torch.tensor([1, 2, 3], device=DEVICE)
-    expected, _, _ = kernels.forward(near, targets, -100, None, None, None)
-    losses, _, _ = kernels.forward(far, targets, -100, None, None, None)
+    expected, _, _ = kernels.forward(LossInputs(near, targets), LossOptions(), None, None, None)
+    losses, _, _ = kernels.forward(LossInputs(far, targets), LossOptions(), None, None, None)
     assert torch.equal(losses, expected)
 
 
@@ -121,8 +128,8 @@ def test_valid_count(n):
 
 @pytest.mark.parametrize("factor", [1.0, 0.0, -2.5])
 def test_rescale_reaches_every_element(monkeypatch, factor):
-    monkeypatch.setattr(kernels, "RESCALE_PROGRAMS", 2)
-    x = torch.arange(1.0, 5 * kernels.RESCALE_BLOCK + 3, device=DEVICE).view(1, -1)
+    monkeypatch.setattr(rescaling, "PROGRAMS", 2)
+    x = torch.arange(1.0, 5 * rescaling.BLOCK + 3, device=DEVICE).view(1, -1)
     expected = x * factor
     found = kernels.rescale(x, torch.tensor(factor, device=DEVICE))
     assert found.data_ptr() == x.data_ptr()
@@ -133,14 +140,24 @@ def test_rescale_reaches_every_element(monkeypatch, factor):
 @needs_gpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_training_on_cuda_never_waits_for_the_device(dtype, reduction):
+@pytest.mark.parametrize("everything", [False, True])
+def test_training_on_cuda_never_waits_for_the_device(dtype, reduction, everything):
     logits, targets, domain_ids = tokens(512, 50257, dtype)
     logits.requires_grad_()
-    stats = DomainStats(3, DEVICE)
+    stats = DomainStats(4, DEVICE, distribution=everything, token_bytes=torch.ones(50257, dtype=torch.int32))
     upstream = torch.full((512,) if reduction == "none" else (), 0.5, device=DEVICE)
+    options = {}
+    if everything:
+        numbers = torch.rand(512, device=DEVICE)
+        options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "domain_weights": numbers[:4]}
+        options |= {"token_weights": numbers, "reference_losses": numbers, "in_place": True}
+        options |= {"document_ids": torch.arange(512, device=DEVICE) // 64}
+        domain_ids = torch.arange(8, device=DEVICE) % 4
+    if everything and reduction == "mean":
+        options["denominator"] = torch.tensor(512, device=DEVICE)
 
     def step():
-        loss = domain_cross_entropy(logits, targets, domain_ids, stats=stats, reduction=reduction)
+        loss = domain_cross_entropy(logits * 1.0, targets, domain_ids, stats=stats, reduction=reduction, **options)
         loss.backward(upstream)
         return stats.snapshot()
 

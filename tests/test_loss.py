@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from mixloader import loss as module
-from mixloader import loss_torch
+from mixloader import loss_path, loss_torch
 from mixloader.errors import StatsError
 from mixloader.loss import domain_cross_entropy
 from mixloader.stats import DomainStats
@@ -76,7 +75,7 @@ def test_agrees_with_float64(device, n_classes, dtype):
     assert sums[:3, 1] / 2**24 == pytest.approx(np.bincount(domains, token_losses, 3), rel=1e-5)
     assert sums[:3, 2] / 2**16 == pytest.approx(np.bincount(domains, token_losses**2, 3), rel=1e-5)
     bad = np.bincount(domain_ids[1:3].cpu().numpy(), minlength=4)
-    assert np.array_equal(sums[:, 3], bad)
+    assert np.array_equal(sums[:, -1], bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -142,7 +141,7 @@ def test_double_backward_is_refused(device):
     logits, targets, domain_ids = batch(5, torch.float32, device)
     loss = domain_cross_entropy(logits, targets, domain_ids)
     (gradient,) = torch.autograd.grad(loss * loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         gradient.sum().backward()
 
 
@@ -153,10 +152,10 @@ N = 12
 def pool():
     """Tokens whose sums are to be the same however they arrive: NaN, ignored, out of range and id -1 among them."""
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(N, 61, generator=generator) * 5
+    logits = torch.randn(N, 64, generator=generator) * 5  # rows of whole 16 bytes, see kernels/row.py
     logits[5, 3] = torch.nan
-    targets = torch.randint(0, 61, (N,), generator=generator)
-    targets[7], targets[8] = -100, 61
+    targets = torch.randint(0, 64, (N,), generator=generator)
+    targets[7], targets[8] = -100, 64
     domain_ids = torch.tensor([0, 1, 0, 1, 0, 1, -1, 1, 0, 2, -1, 0])
     return logits, targets, domain_ids
 
@@ -173,7 +172,7 @@ def test_sums_are_bitwise_the_same_in_any_order_and_any_split(device, dtype, poo
 
     expected = add(range(N), [])
     assert expected[:, 0].tolist() == [4, 2, 0]
-    assert expected[:, 3].tolist() == [1, 1, 1]
+    assert expected[:, -1].tolist() == [1, 1, 1]
 
     # Cuts may coincide: an empty micro-batch adds nothing.
     @settings(max_examples=10 if "triton" in request.node.name else 50)
@@ -287,7 +286,7 @@ def test_nan_and_infinite_losses_reach_the_caller_and_count_as_bad(device):
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.isposinf(), expected.isposinf())
-    assert stats.buffer[:, 3].tolist() == [1, 1, 1, 0, 0]
+    assert stats.buffer[:, -1].tolist() == [1, 1, 1, 0, 0]
     assert stats.buffer[:, 0].tolist() == [0, 0, 0, 1, 0]
     assert stats.buffer[:3, 1:3].count_nonzero() == 0
     assert domain_cross_entropy(logits, targets, None).isnan()
@@ -351,10 +350,10 @@ def test_activation_checkpointing_counts_once(device, use_reentrant, reduction):
 @pytest.mark.parametrize("triton", [True, False])
 def test_cuda_takes_the_kernels_where_triton_is_installed(monkeypatch, triton):
     def path(is_cuda, dtype):
-        return module._path(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)).__name__
+        return loss_path.path_of(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)).__name__
 
     pytest.importorskip("triton")
-    monkeypatch.setattr(module, "_has_triton", lambda: triton)
+    monkeypatch.setattr(loss_path, "_has_triton", lambda: triton)
     kernels = "mixloader.kernels.cross_entropy" if triton else "mixloader.loss_torch"
     assert path(True, torch.bfloat16) == kernels
     assert path(True, torch.float64) == "mixloader.loss_torch"

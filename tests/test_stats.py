@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mixloader import stats as module
 from mixloader.errors import MixLoaderError, StatsError
 from mixloader.loss import domain_cross_entropy
-from mixloader.stats import DomainStats
+from mixloader.stats import DomainStats, StatsTable
 
 EDGES = [0.0, 2.0**-25, 3 * 2.0**-25, 0.5, 1024 - 2.0**-14, 1024.0, 2.0**100]
 finite_losses = st.floats(0, 3000, width=32) | st.sampled_from(EDGES)
@@ -34,26 +36,43 @@ def nearest(exact: Fraction) -> int:
 def test_columns_and_a_sum_by_hand():
     stats = DomainStats(2)
     stats.add(*tensors([1.5, 2.0, 0.25], [1, 1, 0]))
-    assert stats.COLUMNS == ("tokens", "loss", "loss_sq", "bad")
+    assert stats.COLUMNS == ("tokens", "loss", "loss_sq", "excess", "entropy", "correct", "el2n", "bytes", "bad")
     table = stats.snapshot().wait()
     assert table.tokens.tolist() == [1, 2]
     assert table.loss_sum.tolist() == [0.25, 3.5]
     assert table.loss_sq_sum.tolist() == [0.0625, 6.25]
     assert table.bad == 0
     assert table.sums.dtype == np.int64
-    assert table.sums.tolist() == [[1, 1 << 22, 1 << 12, 0], [2, 7 << 23, 25 << 14, 0], [0, 0, 0, 0]]
+    assert table.sums[:, :3].tolist() == [[1, 1 << 22, 1 << 12], [2, 7 << 23, 25 << 14], [0, 0, 0]]
+    assert not table.sums[:, 3:].any()
 
 
-@given(st.lists(st.tuples(finite_losses, st.integers(0, 3)), max_size=50))
+@given(st.lists(st.tuples(*[finite_losses] * 5, st.integers(0, 70000), st.booleans(), st.integers(0, 3)), max_size=50))
 def test_units_equal_exact_rational_arithmetic(tokens):
+    columns = [list(column) for column in zip(*tokens, strict=True)] or [[]] * 8
+    losses, references, entropy, el2n, _, n_bytes, correct, ids = columns
     stats = DomainStats(4)
-    stats.add(*tensors([loss for loss, _ in tokens], [domain for _, domain in tokens]))
-    expected = [[0] * 4 for _ in range(5)]
-    for loss, domain in tokens:
+    stats.add(
+        *tensors(losses, ids),
+        reference_losses=torch.tensor(references, dtype=torch.float32),
+        entropy=torch.tensor(entropy, dtype=torch.float32),
+        correct=torch.tensor(correct, dtype=torch.bool),
+        el2n=torch.tensor(el2n, dtype=torch.float32),
+        n_bytes=torch.tensor(n_bytes, dtype=torch.int32),
+    )
+    expected = [[0] * 9 for _ in range(5)]
+    for loss, reference, entropy, el2n, _, n_bytes, correct, domain in tokens:
         nats = min(Fraction(loss), Fraction(1024))
-        expected[domain][0] += 1
-        expected[domain][1] += nearest(nats * 2**24)
-        expected[domain][2] += nearest(nats**2 * 2**16)
+        excess = min(max(Fraction(loss) - Fraction(reference), Fraction(0)), Fraction(1024))
+        row = expected[domain]
+        row[0] += 1
+        row[1] += nearest(nats * 2**24)
+        row[2] += nearest(nats**2 * 2**16)
+        row[3] += nearest(excess * 2**24)
+        row[4] += nearest(min(Fraction(entropy), Fraction(1024)) * 2**24)
+        row[5] += correct
+        row[6] += nearest(min(Fraction(el2n), Fraction(2)) * 2**24)
+        row[7] += min(n_bytes, 1 << 16)
     assert stats.buffer.tolist() == expected
 
 
@@ -101,12 +120,19 @@ def test_losses_above_the_clamp_count_as_the_clamp():
 
 
 def test_the_stated_range_fits_64_bits():
-    most = {1: int(module.LOSS_CLAMP * module.LOSS_SCALE), 2: int(module.LOSS_CLAMP**2 * module.LOSS_SQ_SCALE)}
     stats = DomainStats(1)
-    stats.add(*tensors([float("3e38")], [0]))
-    for column, units in most.items():
-        assert stats.buffer[0, column].item() == units
-        assert units * module.MAX_TOKENS <= 2**63
+    most = torch.tensor([3e38])
+    stats.add(
+        *tensors([3e38], [0]),
+        reference_losses=torch.zeros(1),
+        entropy=most,
+        correct=torch.ones(1, dtype=torch.bool),
+        el2n=most,
+        n_bytes=torch.tensor([2**31 - 1]),
+    )
+    units = [int(statistic.clamp * statistic.scale) for statistic in module.STATISTICS.values()]
+    assert stats.buffer[0].tolist() == [*units[:-1], 0]
+    assert max(units) * module.MAX_TOKENS <= 2**63
 
 
 def test_more_tokens_than_the_range_holds_are_an_error():
@@ -135,7 +161,8 @@ def test_a_bad_loss_counts_as_bad_and_nowhere_else(loss):
 def test_domain_ids_out_of_range_are_bad_and_minus_one_counts_nowhere():
     stats = DomainStats(2)
     stats.add(*tensors([1.0, 1.0, 1.0, 1.0], [-1, -2, 2, 1 << 40]))
-    assert stats.buffer.tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 3]]
+    assert not stats.buffer[:, :-1].any()
+    assert stats.buffer[:, -1].tolist() == [0, 0, 3]
 
 
 def test_ignored_tokens_count_nowhere_whatever_their_domain():
@@ -184,6 +211,87 @@ def test_a_checkpoint_inside_a_checkpoint_counts_once(outer, inner):
 def test_number_of_domains_is_checked(n):
     with pytest.raises(ValueError, match="expected an integer of at least 1"):
         DomainStats(n)
+
+
+def test_the_error_names_the_domain():
+    stats = DomainStats(2, names=["prose", "maths"])
+    stats.add(*tensors([float("nan")], [1]))
+    with pytest.raises(StatsError, match=r"1 in domain 1 \('maths'\)\."):
+        stats.snapshot().wait()
+    with pytest.raises(ValueError, match="1 names are given for 2 domains"):
+        DomainStats(2, names=["prose"])
+
+
+@pytest.mark.parametrize("not_finite", [float("nan"), float("inf"), float("-inf")])
+def test_a_reference_loss_that_is_not_finite_is_bad(not_finite):
+    stats = DomainStats(2)
+    stats.add(*tensors([1.0, 2.0], [0, 1]), reference_losses=torch.tensor([not_finite, 0.5]))
+    assert stats.buffer[:, -1].tolist() == [1, 0, 0]
+    assert stats.buffer[0, :-1].tolist() == [0] * 8
+    assert StatsTable(stats.buffer.numpy()).column("excess").tolist() == [0.0, 1.5]
+
+
+def test_bits_per_byte():
+    stats = DomainStats(2, token_bytes=[0, 3, 5])
+    assert stats.token_bytes.dtype == torch.int32
+    targets = torch.tensor([1, 2])
+    stats.add(*tensors([np.log(2) * 4, np.log(2) * 12], [0, 0]), n_bytes=stats.token_bytes[targets])
+    table = stats.snapshot().wait()
+    assert table.bits_per_byte[0] == pytest.approx(2.0)
+    assert np.isnan(table.bits_per_byte[1])
+
+
+@pytest.mark.parametrize(
+    ("token_bytes", "message"),
+    [([1, -1], r"token_bytes\[1\] is -1"), ([1 << 17], "expected 0 to 65536"), ([[1]], "shape"), ([0.5], "float32")],
+)
+def test_token_bytes_are_checked(token_bytes, message):
+    with pytest.raises(ValueError, match=message):
+        DomainStats(1, token_bytes=token_bytes)
+
+
+RANK = """
+import sys
+import torch, torch.distributed as dist
+from mixloader.stats import DomainStats, StatsTable
+from mixloader.errors import StatsError
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+stats, yes = DomainStats(3), torch.ones(4, dtype=torch.bool)
+snapshots = []
+for step in range(3):
+    losses = torch.tensor([0.1, 0.2, 0.3, 0.4]) * (step + 1) * (rank + 1)
+    stats.add(losses, torch.tensor([0, 1, rank, 2]), yes, ~yes)
+    if step < 2:
+        snapshots.append(stats.snapshot(dist.group.WORLD))
+for snapshot in snapshots:
+    print(snapshot.wait().sums.tolist())
+    assert snapshot.ready()
+stats.add(torch.full((4,), torch.nan if rank else 1.0), torch.full((4,), 2), yes, ~yes)
+try:
+    stats.snapshot(dist.group.WORLD).wait()
+except StatsError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_a_snapshot_of_a_group_holds_the_sums_of_all_ranks(tmp_path):
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=120)[0].decode().splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert printed[0] == printed[1]
+    yes = torch.ones(4, dtype=torch.bool)
+    for step in range(2):
+        alone = DomainStats(3)
+        for rank in range(2):
+            losses = torch.tensor([0.1, 0.2, 0.3, 0.4]) * (step + 1) * (rank + 1)
+            alone.add(losses, torch.tensor([0, 1, rank, 2]), yes, ~yes)
+        assert printed[0][step] == str(alone.buffer.tolist())
+    assert "4 in domain 2" in printed[0][2]
 
 
 @pytest.mark.gpu
