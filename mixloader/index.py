@@ -19,9 +19,9 @@ from mixloader.errors import ManifestError, MixLoaderError, ShardError, TokenErr
 from mixloader.formats import Documents, Extents, Shard, token_blocks
 from mixloader.formats.opening import SUFFIXES
 from mixloader.formats.source import COMPRESSIONS, Source, is_url
-from mixloader.formats.tables import read_table
+from mixloader.formats.tables import TABLES, read_table
 from mixloader.manifest import Manifest
-from mixloader.manifest_file import TABLES, read_manifest
+from mixloader.manifest_file import read_manifest
 
 _THREADS = 8  # hashing and reading release the GIL
 _CHECKSUMS = ".checksums"  # of the folder beside a manifest with its sidecars
@@ -245,7 +245,7 @@ def _orphans(manifest: Path, content: dict[str, Any], files: Mapping[str, Shard]
     for folder, _, names in os.walk(manifest.parent):
         for name in names:
             path = os.path.join(folder, name)
-            if (name.endswith(suffixes) or TABLES in name) and os.path.realpath(path) not in named:
+            if (name.endswith(suffixes) or TABLES.search(name)) and os.path.realpath(path) not in named:
                 orphans.append(path)
     return sorted(orphans)
 

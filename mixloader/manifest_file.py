@@ -20,15 +20,14 @@ import numpy as np
 
 from mixloader.domains import Domain, checked_domain
 from mixloader.errors import ManifestError, ShardError
-from mixloader.files import cache_folder, replace
+from mixloader.files import replace
 from mixloader.formats import FORMATS, WIDTHS, Documents, Extents, Shard, open_shard
 from mixloader.formats.source import COMPRESSIONS, Source, is_url
-from mixloader.formats.tables import read_table
+from mixloader.formats.tables import is_kept, read_table
 
 VERSION = 2
 _PLAIN = ("path", "format", "dtype", "offset", "tokens", "bytes", "digest")  # what an entry says of every shard
 _PLAIN_TYPES = ((str, str, str, int, int, int, str), (str, str, str, int, int, int, type(None)))
-TABLES = ".tables-"  # in the name of the file with what no other file holds
 
 
 def write_manifest(
@@ -76,7 +75,7 @@ class _Tables:
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(self.parts).astype("<u8"))
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        name = f"{manifest.stem}{TABLES}{digest[:16]}.npy"
+        name = f"{manifest.stem}.tables-{digest[:16]}.npy"
         replace(manifest.with_name(name), buffer.getvalue())
         return {"path": name, "count": self.count, "sha256": digest}
 
@@ -104,7 +103,7 @@ def _entry(shard: Shard, folder: Path, tables: _Tables) -> dict[str, Any]:
         entry["extents"] = {"tokens": shard.extents.tokens, "stride": shard.extents.stride}
     if shard.documents is not None:
         documents = shard.documents
-        if TABLES in documents.path or Path(documents.path).is_relative_to(cache_folder()):
+        if is_kept(documents.path):
             content = Source(documents.path, None).read(documents.offset, documents.count * documents.width)
             entry["documents"] = {"first": tables.add(read_table(documents, content)), "count": documents.count}
         else:

@@ -236,3 +236,19 @@ def test_one_format_for_all(data, capsys):
     )
     assert main(["index", str(data), f"a={data / 'llmc'}", "--format", "parquet"]) == 2
     assert "unknown shard format 'parquet'" in capsys.readouterr().err
+
+
+def test_an_index_made_again_does_not_take_its_own_tables_for_a_shard(tmp_path):
+    folder = foreign.write_mds(
+        tmp_path / "mds", [[{"tokens": foreign.little(d, "uint16")} for d in DOCUMENTS]], {"tokens": "ndarray:uint16"}
+    )
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_index(plain, {"a": folder})
+    (tables,) = plain.glob("manifest.tables-*.npy")
+    write_raw(plain / "a.bin", TOKENS.astype("<u2"))
+    manifest = write_index(plain, {"a": plain})
+    assert [Path(s.path).name for s in manifest.domains[0].shards] == ["a.bin"]
+    (plain / "manifest.json").unlink()
+    assert tables.is_file()
+    assert Manifest.open(plain).names == ("a",)

@@ -128,6 +128,12 @@ class Choice:
     column: str | None = None
 
 
+def is_nearly(found: bytes, magic: bytes) -> bool:
+    """Whether what stands where a magic is expected is that, but for one damaged bit or two."""
+    differing = int.from_bytes(found, "little") ^ int.from_bytes(magic, "little")
+    return len(found) == len(magic) and 0 < differing.bit_count() <= 2
+
+
 @dataclass(frozen=True)
 class Format:
     """A format of other programs.

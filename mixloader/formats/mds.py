@@ -80,7 +80,7 @@ def _shard(index: Source, entry: Listing, raw: Listing, choice: Choice) -> Shard
         raise ShardError(f"shard {source.path} holds no tokens; write it again or take it out of its domain")
     shard = _with_extents(source, dtype, begins, counts, _digest(stored))
     if column.dtype is None and choice.dtype is None and column.shaped:
-        _refuse_another_dtype(source, shard, int(begins[counts > 0][0]))
+        _refuse_another_dtype(source, begins[counts > 0], counts[counts > 0])
     return shard
 
 
@@ -232,14 +232,15 @@ def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.nda
     return replace(shard, document_count=len(counts), extents_are_documents=True)
 
 
-def _refuse_another_dtype(source: Source, shard: Shard, begin: int) -> None:
-    """Bytes do not say what they are; read as int64, narrower tokens give absurd ids."""
-    first = np.frombuffer(source.read(begin, 8), dtype="<i8")[0]
-    if not 0 <= first < 1 << 31:
-        raise ShardError(
-            f"shard {shard.path} holds bytes, which are int64 by default, but its first token would be {first}; "
-            "give their dtype="
-        )
+def _refuse_another_dtype(source: Source, begins: np.ndarray, counts: np.ndarray) -> None:
+    """Bytes do not say what they are; read as int64, narrower tokens give absurd ids, unless they are zeros."""
+    picked = np.unique(np.linspace(0, len(begins) - 1, 16).astype(np.int64))
+    read = (source.read(int(begins[i]), 8 * min(int(counts[i]), 4096)) for i in picked)
+    tokens = np.frombuffer(b"".join(read), dtype="<i8")
+    absurd = tokens[(tokens < 0) | (tokens >= 1 << 31)]
+    if len(absurd) or not tokens.any():
+        found = f"one of its tokens would be {absurd[0]}" if len(absurd) else "the tokens looked at would all be 0"
+        raise ShardError(f"shard {source.path} holds bytes, which are int64 by default, but {found}; give their dtype=")
 
 
 def _gather(source: Source, positions: np.ndarray, width: int) -> np.ndarray:

@@ -10,15 +10,16 @@ from mixloader.formats.base import WIDTHS, Choice, Format, Shard
 from mixloader.formats.datatrove import DATATROVE
 from mixloader.formats.listing import NAME as INDEX
 from mixloader.formats.litdata import LITDATA
-from mixloader.formats.llmc import LLMC
+from mixloader.formats.llmc import LLMC, refuse_damaged_header
 from mixloader.formats.mds import MDS
 from mixloader.formats.megatron import MEGATRON
 from mixloader.formats.nanogpt import NANOGPT
 from mixloader.formats.npy import NPY
 from mixloader.formats.source import COMPRESSIONS, Source, is_url
+from mixloader.formats.tables import TABLES
 
 FORMATS = {format.name: format for format in (MDS, LITDATA, MEGATRON, DATATROVE, NPY, LLMC, NANOGPT)}
-"""Tried in this order: any .bin that nothing else claims is nanoGPT's."""
+"""Tried in this order: a .bin that nothing else claims is nanoGPT's."""
 
 SUFFIXES = (".bin", ".ds", ".npy")
 """Of files that hold tokens and stand for themselves."""
@@ -43,7 +44,10 @@ def open_shards(
     if not is_url(path) and os.path.isdir(path):
         if os.path.exists(os.path.join(path, INDEX)):
             return _open(Source(os.path.join(path, INDEX)), format, choice)
-        return tuple(shard for file in token_files(path) for shard in _open(Source(file), format, choice))
+        files = token_files(path)
+        if not files and (lost := _mds_files(path)):
+            raise ShardError(f"folder {path} holds {lost[0].name}, but no {INDEX} that lists it; put that beside it")
+        return tuple(shard for file in files for shard in _open(Source(file), format, choice))
     if not is_url(path) and not os.path.exists(path) and os.path.exists(f"{path}.idx"):
         return _open(Source(f"{path}.idx"), format, choice)  # as Megatron names a data set
     return _open(Source(os.fspath(path)), format, choice)
@@ -61,17 +65,28 @@ def open_shard(path: str | Path, *, format: str | None = None, dtype: str | None
 
 def token_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The files in a folder that hold tokens and stand for themselves, by name."""
-    try:
-        return sorted(
-            path for path in Path(folder).iterdir() if _bare(path.name).endswith(SUFFIXES) and not path.is_dir()
-        )
-    except OSError as error:
-        raise ShardError(f"cannot list the folder {folder}: {error}") from error
+    return [path for path in _files(folder) if holds_tokens(path.name)]
+
+
+def holds_tokens(name: str) -> bool:
+    """Whether a file of this name holds tokens and stands for itself."""
+    return _bare(name).endswith(SUFFIXES) and not TABLES.search(name)
 
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is one that open_shards finds something in."""
-    return (folder / INDEX).is_file() or bool(token_files(folder))
+    return (folder / INDEX).is_file() or bool(token_files(folder) or _mds_files(folder))
+
+
+def _mds_files(folder: str | os.PathLike[str]) -> list[Path]:
+    return [path for path in _files(folder) if _bare(path.name).endswith(".mds")]
+
+
+def _files(folder: str | os.PathLike[str]) -> list[Path]:
+    try:
+        return sorted(path for path in Path(folder).iterdir() if not path.is_dir())
+    except OSError as error:
+        raise ShardError(f"cannot list the folder {folder}: {error}") from error
 
 
 def _bare(name: str) -> str:
@@ -90,7 +105,12 @@ def _open(source: Source, name: str | None, choice: Choice) -> tuple[Shard, ...]
 def _format_of(source: Source) -> Format:
     for format in FORMATS.values():
         if format.matches(source):
+            if format is NANOGPT:
+                refuse_damaged_header(source)
             return format
     if source.name == INDEX:
         raise ShardError(f"{source.path} has neither 'shards' (MDS) nor 'chunks' (litData); it is no index of tokens")
-    return NANOGPT
+    raise ShardError(
+        f"the name of {source.path} does not say that it holds tokens; expected one that ends in "
+        f"{', '.join(SUFFIXES)}: give format= (one of {', '.join(FORMATS)}) if it does"
+    )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import numpy as np
 
 from mixloader.files import cache_folder, replace
 from mixloader.formats.base import Documents
+
+TABLES = re.compile(r"\.tables-[0-9a-f]{16}\.npy$")
+"""In the name of the file beside a manifest with what no other file holds."""
+_KEPT = re.compile(r"/tables/[0-9a-f]{32}\.u64$")
+
+
+def is_kept(path: str) -> bool:
+    """Whether a table is in no file of the data set, but in a cache folder or beside a manifest."""
+    return _KEPT.search(path) is not None or TABLES.search(path) is not None
 
 
 def keep_table(starts: np.ndarray) -> Documents:
