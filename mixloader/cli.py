@@ -154,6 +154,11 @@ def index_verb(argv: Sequence[str]) -> int:
     _print_domains(manifest)
     path = args.out if args.out.suffix == ".json" else args.out / "manifest.json"
     print(f"manifest {path}")
+    unread = {s.path for d in manifest.domains for s in (*d.shards, *d.validation) if not s.is_ready}
+    if args.blocks and unread:
+        print(
+            f"no block checksums of {len(unread)} files, which are compressed or elsewhere: they have --checksums alone"
+        )
     if outside := manifest.roots_outside(path):
         print(f"shards lie outside its folder: open it with Manifest.open({str(path)!r}, roots={outside!r})")
     return 0

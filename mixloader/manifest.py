@@ -48,6 +48,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.domains:
             raise ManifestError("a manifest needs at least one domain; this one has none")
+        check_ids(self.vocab_size, self.eot)
         name, count = Counter(self.names).most_common(1)[0]
         if count > 1:
             raise ManifestError(f"two domains have the name {name!r}; names must differ")
@@ -166,6 +167,13 @@ class Manifest:
         Tables that no file of the data set holds go into a file beside it, named after their content.
         """
         write_manifest(Path(path).absolute(), self.domains, self.vocab_size, self.eot, self.tokenizer)
+
+
+def check_ids(vocab_size: int | None, eot: int | None) -> None:
+    if vocab_size is not None and not 0 <= vocab_size < 1 << 63:
+        raise ManifestError(f"vocab_size is {vocab_size}; expected a number of ids below 2**63")
+    if eot is not None and not 0 <= eot < 1 << 64:
+        raise ManifestError(f"eot is {eot}; expected the id of a token, from 0 to 2**64 - 1")
 
 
 def _identity(shard: Shard) -> list[Any]:

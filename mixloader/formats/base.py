@@ -49,7 +49,7 @@ class Documents:
 
     path: the file with the table (the shard's own path: in the raw content of the shard itself): `count`
     ascending little-endian numbers of `width` bytes (4 or 8) from byte `offset`; number x stands for token
-    (x - bias) / unit, and one past the last token for none.
+    (x - bias) / unit, and one past the last token for none. digest: "sha256:HEX" of a file of its own, or None.
     """
 
     path: str
@@ -58,6 +58,7 @@ class Documents:
     width: int = 8
     bias: int = 0
     unit: int = 1
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Shard:
         elif self.extents is not None:
             known |= {"extent_tokens": self.extents.tokens, "extent_stride": self.extents.stride}
         if self.documents is not None:
-            known["documents"] = vars(self.documents)
+            known["documents"] = {key: value for key, value in vars(self.documents).items() if key != "digest"}
         if self.extents_are_documents:
             known["extents_are_documents"] = True
         if self.checksums is not None:
