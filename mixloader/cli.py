@@ -126,6 +126,7 @@ def index_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--format", help="of the shards; by default it is told by name and content")
     parser.add_argument("--dtype", help="of tokens in files that do not say it; default uint16")
     parser.add_argument("--column", help="of MDS samples: the one with the tokens, if several might be")
+    parser.add_argument("--documents", choices=["samples"], help="MDS samples are documents though all have one size")
     parser.add_argument("--checksums", action="store_true", help="SHA-256 of every file, for verify")
     parser.add_argument("--blocks", action="store_true", help="checksums of blocks, for every read")
     parser.add_argument(
@@ -140,7 +141,9 @@ def index_verb(argv: Sequence[str]) -> int:
         raise ConfigError(f"--validation_tokens is {args.validation_tokens}; expected 0 or more")
     paths = _named_paths(args.domains)
     fields = _fields(paths, args.target)
-    how = {key: value for key in ("format", "dtype", "column") if (value := getattr(args, key)) is not None}
+    how = {
+        key: value for key in ("format", "dtype", "column", "documents") if (value := getattr(args, key)) is not None
+    }
     manifest = write_index(
         args.out,
         {name: {"path": path, "field": fields.get(name), **how} for name, path in paths.items()},

@@ -16,7 +16,8 @@ from mixloader.formats.source import name_of
 
 FIELDS = ("source", "target", None)
 _HELD_OUT = {"val", "valid", "validation", "test"}  # folders that are not trained on
-_KEYS = ("path", "validation", "field", "group", "dtype", "format", "column")
+_KEYS = ("path", "validation", "field", "group", "dtype", "format", "column", "documents")
+_HOW = ("format", "dtype", "column", "documents")  # how shards are opened
 _HOLDS = f"token shards ({', '.join(SUFFIXES)}, or an {INDEX})"
 
 
@@ -57,10 +58,10 @@ def domain_from_value(name: str, value: Any) -> Domain:
     if unknown or "path" not in options:
         found = f"has an unknown key {unknown[0]!r}" if unknown else "has no 'path'"
         raise ManifestError(f"domain {name!r} {found}; known keys are {', '.join(_KEYS)}")
-    for key in ("field", "group", "format", "dtype", "column"):
+    for key in ("field", "group", *_HOW):
         if not isinstance(options.get(key), (str, type(None))):
             raise ManifestError(f"{key} of domain {name!r} is {options[key]!r}; expected a string or none")
-    how = {key: options.get(key) for key in ("format", "dtype", "column")}
+    how = {key: options.get(key) for key in _HOW}
 
     def opened(key: str) -> list[Shard]:
         value = options.get(key, ())

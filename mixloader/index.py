@@ -270,18 +270,24 @@ def _table_damage(shard: Shard) -> str | None:
             return f"{documents.path} has {found}, but its manifest says {documents.digest}; it was damaged or replaced"
         content = Source(documents.path, None).read(documents.offset, documents.count * documents.width)
         numbers = np.frombuffer(content, dtype=f"<u{documents.width}")
-        low, high = documents.bias, documents.bias + shard.tokens * documents.unit
-        if len(numbers) != documents.count or (
-            len(numbers)
-            and ((numbers[1:] < numbers[:-1]).any() or not low <= int(numbers[0]) <= int(numbers[-1]) <= high)
-        ):
+        if _is_damaged(documents, numbers, shard.tokens):
             return (
-                f"the table of documents in {documents.path} decreases or leads beyond the {shard.tokens} tokens of "
+                f"the table of documents in {documents.path} decreases or leads to no token of the {shard.tokens} of "
                 f"shard {shard.path}; it is damaged"
             )
     except MixLoaderError as error:
         return str(error)
     return None
+
+
+def _is_damaged(table: Documents, numbers: np.ndarray, tokens: int) -> bool:
+    """Whether a table is cut short, decreases, or has what is neither one of its shard's tokens nor their end."""
+    if len(numbers) == 0 or len(numbers) != table.count:
+        return len(numbers) != table.count
+    if (numbers[1:] < numbers[:-1]).any() or int(numbers[0]) < table.bias:
+        return True
+    places = numbers.astype(np.uint64) - np.uint64(table.bias)
+    return bool((places % np.uint64(table.unit)).any()) or int(places[-1]) > tokens * table.unit
 
 
 def _orphans(manifest: Path, content: dict[str, Any], files: Mapping[str, Shard]) -> list[str]:

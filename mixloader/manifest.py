@@ -132,7 +132,8 @@ class Manifest:
         val, validation or test: one domain, and what is held out of it); else, with a train* file or an
         index.json, it is one domain; else each file of tokens is one. Names with "val" are held out.
         Mapping: name -> path, list of paths (files, folders, URLs of files), or {"path": ..., "validation":
-        path or paths to hold out, "field": ..., "group": ..., "dtype": ..., "format": ..., "column": ...}.
+        path or paths to hold out, "field": ..., "group": ..., "dtype": ..., "format": ..., "column": ...,
+        "documents": "samples" for MDS samples that are documents though all have one size}.
         """
         if isinstance(data, Manifest):
             return data

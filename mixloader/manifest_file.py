@@ -295,7 +295,7 @@ class Reader:
         numbers = {key: self.take(entry, key, int, where) for key in ("offset", "count", "width", "bias", "unit")}
         digest = self.take(entry, "digest", str, where, optional=True)
         path = self.place(self.take(entry, "path", str, where), where)
-        if numbers["width"] not in (4, 8) or not numbers["unit"]:
+        if numbers["width"] not in (4, 8) or not numbers["unit"] or max(numbers["unit"], numbers["bias"]) >= 1 << 63:
             raise ManifestError(f"{_place(where)}.documents in manifest {self.path} is {entry}; it is damaged")
         self.check(path, numbers["offset"] + numbers["count"] * numbers["width"], at_least=True)
         return Documents(path, **numbers, digest=digest)

@@ -13,7 +13,7 @@ from corpora import tagged, write_llmc, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixloader import remote
+from mixloader import MixLoader, remote
 from mixloader.errors import ManifestError, MixLoaderError, ShardError
 from mixloader.formats import FORMATS, Shard, open_shard, open_shards, read_tokens
 from mixloader.formats.source import Source
@@ -610,3 +610,28 @@ def test_odd_digits_in_a_litdata_index_are_refused(tmp_path, digits):
     foreign.write_litdata(tmp_path, [DOCUMENTS], data_format=[f"no_header_tensor:{digits}"])
     with pytest.raises(ShardError, match="has data_format"):
         open_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "count"), [("ndarray:uint16", 20), ("ndarray:uint16:50", 20), ("ndarray:uint16", 1)]
+)
+def test_mds_samples_of_one_length_are_documents_on_request(tmp_path, encoding, count):
+    samples = [{"tokens": foreign.little(np.arange(50) + i, "uint16")} for i in range(count)]
+    sizes = {"tokens": 100} if encoding.endswith("50") else None
+    folder = foreign.write_mds(tmp_path / "mds", [samples], {"tokens": encoding}, sizes)
+    assert open_shards(folder)[0].document_count is None
+    data = {"a": {"path": folder, "documents": "samples"}}
+    manifest = Manifest.open(data)
+    (shard,) = manifest.domains[0].shards
+    assert (shard.document_count, shard.extents_are_documents) == (count, True)
+    assert read_tokens(shard).tolist() == np.concatenate([s["tokens"] for s in samples]).tolist()
+    manifest.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json") == manifest
+    with MixLoader(tmp_path / "manifest.json", 1, 30, documents="index", shuffle=False) as loader:
+        assert next(loader)["position_ids"][0].tolist() == [*range(30)]
+        if count > 1:
+            assert next(loader)["position_ids"][0].tolist() == [*range(20), *range(10)]
+    with pytest.raises(ManifestError, match="expected 'samples' or none"):
+        open_shards(folder, documents="rows")
+    with pytest.raises(ManifestError, match="format nanogpt, which has no samples"):
+        open_shards(write_raw(tmp_path / "a.bin", tagged(0, 5)), documents="samples")

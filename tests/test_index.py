@@ -288,7 +288,7 @@ def test_tables_that_do_not_fit_their_shard_are_reported(data):
     ends = np.fromfile(data / "datatrove" / "a.ds.index", dtype="<u8")
     ends[[1, 2]] = ends[[2, 1]]
     ends.tofile(data / "datatrove" / "a.ds.index")
-    assert any("a.ds.index decreases or leads beyond" in message for message in messages(data))
+    assert any("a.ds.index decreases or leads to no token" in message for message in messages(data))
     numbers[:] = numbers[::-1].copy()
     np.save(tables, numbers)
     assert any("the table of extents of shard" in message for message in messages(data))
@@ -381,3 +381,14 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXLOADER_CACHE", "/dev/null/cache")
     with pytest.raises(ShardError, match=r"cannot keep a table of documents in /dev/null/cache.*MIXLOADER_CACHE"):
         open_shards(path)
+
+
+@pytest.mark.parametrize("changed", [{"unit": 4}, {"bias": 1}, {"offset": 0}, {"count": 3, "bias": 1 << 62}])
+def test_an_entry_whose_table_leads_astray_is_reported(data, changed):
+    write_index(data, {"a": data / "megatron"})
+    assert messages(data) == []
+    content = json.loads((data / "manifest.json").read_text())
+    content["domains"][0]["shards"][0]["documents"].update(changed)
+    (data / "manifest.json").write_text(json.dumps(content))
+    (message,) = messages(data)
+    assert "a.idx decreases or leads to no token of the 369 of shard" in message

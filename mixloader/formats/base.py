@@ -123,10 +123,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user says of files that do not say it of themselves. dtype: of the tokens. column: the one with them."""
+    """What a user says of files that do not say it of themselves.
+
+    dtype: of the tokens. column: the one with them. documents: "samples" if samples of one size are documents too.
+    """
 
     dtype: str | None = None
     column: str | None = None
+    documents: str | None = None
 
 
 def is_nearly(found: bytes, magic: bytes) -> bool:

@@ -78,7 +78,7 @@ def _shard(index: Source, entry: Listing, raw: Listing, choice: Choice) -> Shard
     counts = sizes // WIDTHS[dtype]
     if not counts.any():
         raise ShardError(f"shard {source.path} holds no tokens; write it again or take it out of its domain")
-    shard = _with_extents(source, dtype, begins, counts, _digest(stored))
+    shard = _with_extents(source, dtype, begins, counts, _digest(stored), choice.documents == "samples")
     if column.dtype is None and choice.dtype is None and column.shaped:
         _refuse_another_dtype(source, begins[counts > 0], counts[counts > 0])
     return shard
@@ -216,10 +216,12 @@ def _headers(
     return dtype, skipped + 1 + (1 << (shapes & 3))
 
 
-def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.ndarray, digest: str | None) -> Shard:
+def _with_extents(
+    source: Source, dtype: str, begins: np.ndarray, counts: np.ndarray, digest: str | None, are_documents: bool
+) -> Shard:
     tokens, width = int(counts.sum()), WIDTHS[dtype]
     alike = len(counts) > 1 and bool((counts == counts[0]).all())
-    if (begins[1:] == begins[:-1] + counts[:-1] * width).all():
+    if not are_documents and (begins[1:] == begins[:-1] + counts[:-1] * width).all():
         extents = None
     elif alike and (np.diff(begins) == begins[1] - begins[0]).all():
         extents = Extents(tokens=int(counts[0]), stride=int(begins[1] - begins[0]))
@@ -227,7 +229,8 @@ def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.nda
         begins, counts = begins[counts > 0], counts[counts > 0]
         extents = Extents(ends=np.cumsum(counts).astype(np.uint64), bytes=begins.astype(np.uint64))
     shard = shard_of(source, "mds", dtype, int(begins[0]), tokens, digest=digest, extents=extents)
-    if alike or extents is None:  # chunks of one size are cut from running text: they are no documents
+    # Unless a user says otherwise, chunks of one size are cut from running text: they are no documents.
+    if not are_documents and (alike or extents is None):
         return shard
     return replace(shard, document_count=len(counts), extents_are_documents=True)
 

@@ -26,21 +26,29 @@ SUFFIXES = (".bin", ".ds", ".npy")
 
 
 def open_shards(
-    path: str | os.PathLike[str], *, format: str | None = None, dtype: str | None = None, column: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
+    column: str | None = None,
+    documents: str | None = None,
 ) -> tuple[Shard, ...]:
     """Describe the shards at `path`, a file, a folder or a URL of a file, after checking what they say of themselves.
 
     A folder with an index.json holds what that lists, any other its .bin, .ds and .npy files by name, .zst and
     .gz included. format: a name in FORMATS; by default it is told by name and content.
     dtype: a key of WIDTHS, for files that do not say it; default uint16 (MDS bytes: int64).
-    column: of MDS samples with several that may hold tokens.
+    column: of MDS samples with several that may hold tokens. documents: "samples": each MDS sample is one, also
+    where all have one size.
     Raises ShardError for a file that is missing, empty, truncated or not of its format.
     """
     if format is not None and format not in FORMATS:
         raise ManifestError(f"unknown shard format {format!r}; known formats are {', '.join(FORMATS)}")
     if dtype is not None and dtype not in WIDTHS:
         raise ManifestError(f"unknown token dtype {dtype!r}; known dtypes are {', '.join(WIDTHS)}")
-    choice = Choice(dtype, column)
+    if documents not in (None, "samples"):
+        raise ManifestError(f"the documents of shards are {documents!r}; expected 'samples' or none")
+    choice = Choice(dtype, column, documents)
     if not is_url(path) and os.path.isdir(path):
         if os.path.exists(os.path.join(path, INDEX)):
             return _open(Source(os.path.join(path, INDEX)), format, choice)
@@ -99,6 +107,8 @@ def _open(source: Source, name: str | None, choice: Choice) -> tuple[Shard, ...]
     format = FORMATS[name] if name is not None else _format_of(source)
     if choice.column is not None and format is not MDS:
         raise ManifestError(f"{source.path} is of format {format.name}, which has no columns; leave column= out")
+    if choice.documents is not None and format is not MDS:
+        raise ManifestError(f"{source.path} is of format {format.name}, which has no samples; leave documents= out")
     return format.open(source, choice)
 
 
