@@ -126,6 +126,7 @@ def index_verb(argv: Sequence[str]) -> int:
     parser.add_argument("--format", help="of the shards; by default it is told by name and content")
     parser.add_argument("--dtype", help="of tokens in files that do not say it; default uint16")
     parser.add_argument("--column", help="of MDS samples: the one with the tokens, if several might be")
+    parser.add_argument("--documents", choices=["samples"], help="MDS samples are documents though all have one size")
     parser.add_argument("--checksums", action="store_true", help="SHA-256 of every file, for verify")
     parser.add_argument("--blocks", action="store_true", help="checksums of blocks, for every read")
     parser.add_argument(
@@ -140,7 +141,9 @@ def index_verb(argv: Sequence[str]) -> int:
         raise ConfigError(f"--validation_tokens is {args.validation_tokens}; expected 0 or more")
     paths = _named_paths(args.domains)
     fields = _fields(paths, args.target)
-    how = {key: value for key in ("format", "dtype", "column") if (value := getattr(args, key)) is not None}
+    how = {
+        key: value for key in ("format", "dtype", "column", "documents") if (value := getattr(args, key)) is not None
+    }
     manifest = write_index(
         args.out,
         {name: {"path": path, "field": fields.get(name), **how} for name, path in paths.items()},
@@ -154,6 +157,11 @@ def index_verb(argv: Sequence[str]) -> int:
     _print_domains(manifest)
     path = args.out if args.out.suffix == ".json" else args.out / "manifest.json"
     print(f"manifest {path}")
+    unread = {s.path for d in manifest.domains for s in (*d.shards, *d.validation) if not s.is_ready}
+    if args.blocks and unread:
+        print(
+            f"no block checksums of {len(unread)} files, which are compressed or elsewhere: they have --checksums alone"
+        )
     if outside := manifest.roots_outside(path):
         print(f"shards lie outside its folder: open it with Manifest.open({str(path)!r}, roots={outside!r})")
     return 0

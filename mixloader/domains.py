@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from mixloader.errors import ManifestError
 from mixloader.formats import Shard, open_shards
 from mixloader.formats.opening import INDEX, SUFFIXES, holds_shards, token_files
+from mixloader.formats.source import name_of
 
 FIELDS = ("source", "target", None)
-_KEYS = ("path", "validation", "field", "group", "dtype", "format", "column")
+_HELD_OUT = {"val", "valid", "validation", "test"}  # folders that are not trained on
+_KEYS = ("path", "validation", "field", "group", "dtype", "format", "column", "documents")
+_HOW = ("format", "dtype", "column", "documents")  # how shards are opened
 _HOLDS = f"token shards ({', '.join(SUFFIXES)}, or an {INDEX})"
 
 
@@ -54,12 +58,20 @@ def domain_from_value(name: str, value: Any) -> Domain:
     if unknown or "path" not in options:
         found = f"has an unknown key {unknown[0]!r}" if unknown else "has no 'path'"
         raise ManifestError(f"domain {name!r} {found}; known keys are {', '.join(_KEYS)}")
-    how = {key: options.get(key) for key in ("format", "dtype", "column")}
+    for key in ("field", "group", *_HOW):
+        if not isinstance(options.get(key), (str, type(None))):
+            raise ManifestError(f"{key} of domain {name!r} is {options[key]!r}; expected a string or none")
+    how = {key: options.get(key) for key in _HOW}
 
     def opened(key: str) -> list[Shard]:
         value = options.get(key, ())
+        paths = [value] if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(paths, Iterable) or isinstance(paths, bytes):
+            raise ManifestError(f"{key} of domain {name!r} is {value!r}; expected a path or a list of paths")
         shards: list[Shard] = []
-        for path in [value] if isinstance(value, (str, os.PathLike)) else value:
+        for path in paths:
+            if not isinstance(path, (str, os.PathLike)):
+                raise ManifestError(f"{key} of domain {name!r} has {path!r} among its paths; expected strings or Paths")
             found = open_shards(path, **how)
             if not found:
                 raise ManifestError(f"folder {path} of domain {name!r} holds no {_HOLDS}")
@@ -70,11 +82,30 @@ def domain_from_value(name: str, value: Any) -> Domain:
 
 
 def domains_in_folder(folder: Path) -> tuple[Domain, ...]:
-    """Subfolders with shards are the domains; else, with an index.json or a train*, the folder; else each file."""
+    """Subfolders with shards are the domains; else, with an index.json or a train*, the folder; else each file.
+
+    Subfolders train and val (valid, validation, test) are one domain, and what is held out of it.
+    """
     subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and holds_shards(path)]
+    files = token_files(folder)
+    if subfolders and files:
+        raise ManifestError(
+            f"folder {folder} holds both files of tokens ({files[0].name}) and folders of them ({subfolders[0].name}); "
+            "pass a mapping from the name of each domain to its paths"
+        )
+    held_out = [path for path in subfolders if path.name.lower() in _HELD_OUT]
+    if held_out:
+        train = [path for path in subfolders if path not in held_out]
+        if [path.name.lower() for path in train] != ["train"]:
+            beside = ", ".join(path.name for path in train) or "nothing"
+            raise ManifestError(
+                f"folder {folder} holds {held_out[0].name} beside {beside}; expected train alone: "
+                "pass a mapping from the name of each domain to its paths"
+            )
+        validation = [shard for path in held_out for shard in open_shards(path)]
+        return (_domain(folder.resolve().name, open_shards(train[0]), validation),)
     if subfolders:
         return tuple(_domain(path.name, open_shards(path)) for path in subfolders)
-    files = token_files(folder)
     if (folder / INDEX).is_file() or any(file.stem.startswith("train") for file in files):
         return (_domain(folder.resolve().name, open_shards(folder)),)
     if not files:
@@ -85,7 +116,7 @@ def domains_in_folder(folder: Path) -> tuple[Domain, ...]:
 def _domain(
     name: str,
     shards: Iterable[Shard],
-    validation: Iterable[Shard] = (),
+    validation: Sequence[Shard] = (),
     field: str | None = None,
     group: str | None = None,
 ) -> Domain:
@@ -93,10 +124,16 @@ def _domain(
     train: list[Shard] = []
     held_out = list(validation)
     for shard in shards:
-        (held_out if _is_validation(shard.path.rsplit("/", 1)[-1]) else train).append(shard)
+        (held_out if _is_validation(name_of(shard.path)) else train).append(shard)
+    if not train and len(held_out) > len(validation):
+        raise ManifestError(
+            f'domain {name!r} has no training shards: the name of {held_out[-1].path} has "val" in it, which holds '
+            "a shard out; rename what is to be trained on"
+        )
     return checked_domain(Domain(name, tuple(train), tuple(held_out), field, group))
 
 
 def _is_validation(name: str) -> bool:
-    stem = os.path.splitext(name)[0].lower()
-    return "val" in stem.replace("-", "_").split("_") or stem.startswith("val")
+    """Whether one of the words of a name says so, or it begins with "val"."""
+    name = name.lower()
+    return name.startswith("val") or not {"val", "valid", "validation"}.isdisjoint(re.split(r"[-_.]", name))

@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from mixloader import _core, remote
 from mixloader.domains import Domain, domain_from_value
-from mixloader.errors import ManifestError, MixLoaderError, ShardError, TokenError
+from mixloader.errors import ManifestError, MixLoaderError, TokenError
 from mixloader.formats import Documents, Extents, Shard, token_blocks
 from mixloader.formats.opening import SUFFIXES
 from mixloader.formats.source import COMPRESSIONS, Source, is_url
-from mixloader.formats.tables import read_table
-from mixloader.manifest import Manifest
-from mixloader.manifest_file import TABLES, read_manifest
+from mixloader.formats.tables import TABLES, is_kept, read_table
+from mixloader.manifest import Manifest, check_ids
+from mixloader.manifest_file import Bad, read_manifest
 
 _THREADS = 8  # hashing and reading release the GIL
 _CHECKSUMS = ".checksums"  # of the folder beside a manifest with its sidecars
@@ -53,6 +53,12 @@ def write_index(
     """
     path = Path(path).absolute()
     path = path if path.suffix == ".json" else path / "manifest.json"
+    check_ids(vocab_size, eot)
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise ManifestError(
+                f"{folder} is no folder, so {path} cannot be written; give a folder or a .json file first"
+            )
     with ThreadPoolExecutor(_THREADS) as pool:
         opened = _each(pool, lambda item: domain_from_value(*item), domains.items(), "open", progress)
         if validation_tokens:
@@ -61,13 +67,15 @@ def write_index(
         digests: dict[str, str | None] = {}
         if checksums:
             wanted = [file for file in files.values() if file.digest is None]
-            digests = dict(
-                zip((f.path for f in wanted), _each(pool, _sha256, wanted, "checksums", progress), strict=True)
-            )
+            paths = [file.path for file in wanted]
+            digests = dict(zip(paths, _each(pool, _sha256, paths, "checksums", progress), strict=True))
+        tables = {s.documents.path for d in opened for s in (*d.shards, *d.validation) if s.documents is not None}
+        own = [table for table in sorted(tables) if table not in files and not is_kept(table)]
+        tabled = dict(zip(own, _each(pool, _sha256, own, "tables", progress), strict=True))
         sidecars: dict[str, str] = {}
         if blocks:
             folder = path.parent / f"{path.stem}{_CHECKSUMS}"
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             jobs = [
                 (file.path, str(folder / f"{number:05d}-{os.path.basename(file.path)}.sums"))
                 for number, file in enumerate(files.values())
@@ -81,8 +89,12 @@ def write_index(
             if (eot is not None and count is None) or vocab_size is not None:
                 found = _scan(shard, eot, vocab_size)
                 count = found if count is None and eot is not None else count
+            documents = shard.documents
+            if documents is not None:
+                documents = replace(documents, digest=tabled.get(documents.path))
             return replace(
                 shard,
+                documents=documents,
                 digest=digests.get(shard.path, shard.digest),
                 checksums=sidecars.get(shard.path),
                 document_count=count,
@@ -102,9 +114,16 @@ def write_index(
         vocab_size,
         eot,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     manifest.save(path)
     return manifest
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ManifestError(f"cannot make the folder {folder}: {error}; give another place for the manifest") from error
 
 
 def hold_out(domain: Domain, tokens: int) -> Domain:
@@ -165,9 +184,9 @@ def _cut_table(table: Documents, at: int) -> tuple[tuple[Documents, int], tuple[
     return (head, begun), (tail, len(np.unique(np.append(starts[i:] - at, 0))))
 
 
-def _sha256(shard: Shard) -> str:
+def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    for block in Source(shard.path, shard.compression).blocks(stored=True):
+    for block in Source(path).blocks(stored=True):
         digest.update(block)
     return f"sha256:{digest.hexdigest()}"
 
@@ -192,19 +211,22 @@ def verify(
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the files of a manifest, a sentence each, and files beside it that it does not name.
 
-    Sizes, digests and block checksums are compared with the files' content. Raises ManifestError for a
-    manifest that cannot be read at all.
+    Sizes, digests and block checksums are compared with the files' content, and tables with the shards that
+    they are of. Raises ManifestError for a manifest that cannot be read at all.
     """
     path = Path(path).absolute()
     path = path / "manifest.json" if path.is_dir() else path
-    bad: list[ShardError] = []
+    bad: Bad = []
     content = read_manifest(path, roots, bad)
-    files = {s.path: s for domain in content["domains"] for s in (*domain.shards, *domain.validation)}
-    damaged = [str(error) for error in bad]
-    sound = [file for file in files.values() if not any(file.path in message for message in damaged)]
+    Manifest(**content)
+    every = [s for domain in content["domains"] for s in (*domain.shards, *domain.validation)]
+    files = {s.path: s for s in every}
+    known = {file for file, _ in bad}
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = _each(pool, _damage, sound, "verify", progress)
-    damaged += [message for message in found if message is not None]
+        found = _each(pool, _damage, [file for file in files.values() if file.path not in known], "verify", progress)
+        tabled = [s for s in every if s.documents is None or s.documents.path not in known]
+        found += _each(pool, _table_damage, tabled, "tables", progress)
+    damaged = [message for _, message in bad] + list(dict.fromkeys(m for m in found if m is not None))
     return damaged, _orphans(path, content, files)
 
 
@@ -232,6 +254,42 @@ def _damage(shard: Shard) -> str | None:
     return None
 
 
+def _table_damage(shard: Shard) -> str | None:
+    """What is wrong with the tables of a shard: where its documents begin, and where its extents lie."""
+    documents, extents = shard.documents, shard.extents
+    if extents is not None and extents.ends is not None and extents.bytes is not None:
+        sizes = np.diff(extents.ends.astype(np.int64), prepend=0)
+        reach = extents.bytes.astype(np.int64) + sizes * shard.width
+        sound = len(sizes) > 0 and (sizes > 0).all() and int(extents.ends[-1]) == shard.tokens
+        if not sound or (extents.bytes >= shard.bytes).any() or (reach > shard.bytes).any():
+            return f"the table of extents of shard {shard.path} does not fit its {shard.tokens} tokens; it is damaged"
+    try:
+        if documents is None or (documents.path == shard.path and not shard.is_ready):
+            return None
+        if documents.digest is not None and (found := _sha256(documents.path)) != documents.digest:
+            return f"{documents.path} has {found}, but its manifest says {documents.digest}; it was damaged or replaced"
+        content = Source(documents.path, None).read(documents.offset, documents.count * documents.width)
+        numbers = np.frombuffer(content, dtype=f"<u{documents.width}")
+        if _is_damaged(documents, numbers, shard.tokens):
+            return (
+                f"the table of documents in {documents.path} decreases or leads to no token of the {shard.tokens} of "
+                f"shard {shard.path}; it is damaged"
+            )
+    except MixLoaderError as error:
+        return str(error)
+    return None
+
+
+def _is_damaged(table: Documents, numbers: np.ndarray, tokens: int) -> bool:
+    """Whether a table is cut short, decreases, or has what is neither one of its shard's tokens nor their end."""
+    if len(numbers) == 0 or len(numbers) != table.count:
+        return len(numbers) != table.count
+    if (numbers[1:] < numbers[:-1]).any() or int(numbers[0]) < table.bias:
+        return True
+    places = numbers.astype(np.uint64) - np.uint64(table.bias)
+    return bool((places % np.uint64(table.unit)).any()) or int(places[-1]) > tokens * table.unit
+
+
 def _orphans(manifest: Path, content: dict[str, Any], files: Mapping[str, Shard]) -> list[str]:
     """Files of tokens, sidecars and half-written files in a manifest's folder that it does not name."""
     named = {os.path.realpath(path) for path in files if not is_url(path)}
@@ -245,7 +303,7 @@ def _orphans(manifest: Path, content: dict[str, Any], files: Mapping[str, Shard]
     for folder, _, names in os.walk(manifest.parent):
         for name in names:
             path = os.path.join(folder, name)
-            if (name.endswith(suffixes) or TABLES in name) and os.path.realpath(path) not in named:
+            if (name.endswith(suffixes) or TABLES.search(name)) and os.path.realpath(path) not in named:
                 orphans.append(path)
     return sorted(orphans)
 

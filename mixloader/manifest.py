@@ -21,7 +21,8 @@ import numpy as np
 from mixloader.domains import Domain, checked_domain, domain_from_value, domains_in_folder
 from mixloader.errors import ManifestError
 from mixloader.formats import Shard
-from mixloader.formats.source import is_url
+from mixloader.formats.opening import holds_tokens
+from mixloader.formats.source import folder_of, is_url, name_of
 from mixloader.manifest_file import read_manifest, write_manifest
 from mixloader.mixture import Weights, as_weights
 from mixloader.observation import DomainTable
@@ -47,6 +48,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.domains:
             raise ManifestError("a manifest needs at least one domain; this one has none")
+        check_ids(self.vocab_size, self.eot)
         name, count = Counter(self.names).most_common(1)[0]
         if count > 1:
             raise ManifestError(f"two domains have the name {name!r}; names must differ")
@@ -119,29 +121,37 @@ class Manifest:
     def roots_outside(self, path: str | Path) -> list[str]:
         """The folders, or URLs of folders, that a manifest at `path` needs in roots= to open these shards."""
         home = os.path.realpath(Path(path).absolute().parent)
-        parents = {shard.path.rpartition("/")[0] for d in self.domains for shard in (*d.shards, *d.validation)}
+        parents = {folder_of(shard.path) for d in self.domains for shard in (*d.shards, *d.validation)}
         return sorted(p for p in parents if is_url(p) or not Path(os.path.realpath(p)).is_relative_to(home))
 
     @classmethod
     def open(cls, data: Manifest | str | Path | Mapping[str, Any], *, roots: Iterable[str | Path] = ()) -> Manifest:
         """A Manifest from any of: a Manifest, a manifest's path, a folder, a mapping from name to data.
 
-        Folder: its manifest.json if it has one; else its subfolders of shards are the domains; else, with a
-        train* file or an index.json, it is one domain; else each file of tokens is one. Names with "val" are
-        held out.
+        Folder: its manifest.json if it has one; else its subfolders of shards are the domains (train beside
+        val, validation or test: one domain, and what is held out of it); else, with a train* file or an
+        index.json, it is one domain; else each file of tokens is one. Names with "val" are held out.
         Mapping: name -> path, list of paths (files, folders, URLs of files), or {"path": ..., "validation":
-        path or paths to hold out, "field": ..., "group": ..., "dtype": ..., "format": ..., "column": ...}.
+        path or paths to hold out, "field": ..., "group": ..., "dtype": ..., "format": ..., "column": ...,
+        "documents": "samples" for MDS samples that are documents though all have one size}.
         """
         if isinstance(data, Manifest):
             return data
         if isinstance(data, Mapping):
             return cls(tuple(domain_from_value(str(name), value) for name, value in data.items()))
+        if not isinstance(data, (str, os.PathLike)):
+            raise ManifestError(
+                f"the data are {data!r:.100}; expected a manifest, its path, a folder, or a mapping from "
+                'the name of each domain to its paths, such as {"text": paths}'
+            )
         path = Path(data)
         if path.is_dir():
             path = path / "manifest.json"
             return cls.load(path, roots=roots) if path.exists() else cls(domains_in_folder(path.parent))
         if not path.exists():
             raise ManifestError(f"{path} does not exist; expected a manifest, or a folder of token shards")
+        if holds_tokens(path.name):
+            raise ManifestError(f'{path} holds tokens and is no manifest; name its domain: {{"name": {str(path)!r}}}')
         return cls.load(path, roots=roots)
 
     @classmethod
@@ -160,9 +170,16 @@ class Manifest:
         write_manifest(Path(path).absolute(), self.domains, self.vocab_size, self.eot, self.tokenizer)
 
 
+def check_ids(vocab_size: int | None, eot: int | None) -> None:
+    if vocab_size is not None and not 0 <= vocab_size < 1 << 63:
+        raise ManifestError(f"vocab_size is {vocab_size}; expected a number of ids below 2**63")
+    if eot is not None and not 0 <= eot < 1 << 64:
+        raise ManifestError(f"eot is {eot}; expected the id of a token, from 0 to 2**64 - 1")
+
+
 def _identity(shard: Shard) -> list[Any]:
     """What of a shard the token stream depends on."""
-    name = shard.path.rsplit("/", 1)[-1]
+    name = name_of(shard.path)
     digest = None if shard.digest is None else shard.digest.removeprefix("sha256:")
     identity: list[Any] = [name, shard.format, shard.dtype, shard.tokens, shard.bytes, digest]
     if shard.offset not in (0, 1024) or shard.extents is not None:

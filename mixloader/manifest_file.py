@@ -20,21 +20,23 @@ import numpy as np
 
 from mixloader.domains import Domain, checked_domain
 from mixloader.errors import ManifestError, ShardError
-from mixloader.files import cache_folder, replace
+from mixloader.files import replace
 from mixloader.formats import FORMATS, WIDTHS, Documents, Extents, Shard, open_shard
 from mixloader.formats.source import COMPRESSIONS, Source, is_url
-from mixloader.formats.tables import read_table
+from mixloader.formats.tables import is_kept, read_table
 
 VERSION = 2
 _PLAIN = ("path", "format", "dtype", "offset", "tokens", "bytes", "digest")  # what an entry says of every shard
 _PLAIN_TYPES = ((str, str, str, int, int, int, str), (str, str, str, int, int, int, type(None)))
-TABLES = ".tables-"  # in the name of the file with what no other file holds
 
 
 def write_manifest(
     path: Path, domains: Iterable[Domain], vocab_size: int | None, eot: int | None, tokenizer: dict[str, Any] | None
 ) -> None:
-    """Write the manifest at an absolute path, and before it the tables that it refers to."""
+    """Write the manifest at an absolute path, and before it the tables that it refers to.
+
+    Raises ManifestError if it cannot be written.
+    """
     tables = _Tables()
     content = {
         "version": VERSION,
@@ -53,9 +55,12 @@ def write_manifest(
             for domain in domains
         ],
     }
-    if tables.count:
-        content["tables"] = tables.write(path)
-    replace(path, json.dumps(content, indent=1) + "\n")
+    try:
+        if tables.count:
+            content["tables"] = tables.write(path)
+        replace(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ManifestError(f"cannot write manifest {path}: {error}; give another place for it") from error
 
 
 class _Tables:
@@ -76,14 +81,20 @@ class _Tables:
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate(self.parts).astype("<u8"))
         digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        name = f"{manifest.stem}{TABLES}{digest[:16]}.npy"
+        name = f"{manifest.stem}.tables-{digest[:16]}.npy"
         replace(manifest.with_name(name), buffer.getvalue())
         return {"path": name, "count": self.count, "sha256": digest}
 
 
 def _entry(shard: Shard, folder: Path, tables: _Tables) -> dict[str, Any]:
     def relative(path: str) -> str:
-        return path if is_url(path) else os.path.relpath(path, folder)
+        if is_url(path):
+            return path
+        name = os.path.relpath(path, folder)
+        if not name.startswith("../"):
+            return name
+        parent, name = os.path.split(path)  # the way up leads through no links
+        return os.path.relpath(os.path.join(os.path.realpath(parent), name), os.path.realpath(folder))
 
     entry: dict[str, Any] = {
         "path": relative(shard.path),
@@ -104,11 +115,12 @@ def _entry(shard: Shard, folder: Path, tables: _Tables) -> dict[str, Any]:
         entry["extents"] = {"tokens": shard.extents.tokens, "stride": shard.extents.stride}
     if shard.documents is not None:
         documents = shard.documents
-        if TABLES in documents.path or Path(documents.path).is_relative_to(cache_folder()):
+        if is_kept(documents.path):
             content = Source(documents.path, None).read(documents.offset, documents.count * documents.width)
             entry["documents"] = {"first": tables.add(read_table(documents, content)), "count": documents.count}
         else:
-            entry["documents"] = {**vars(documents), "path": relative(documents.path)}
+            known = {key: value for key, value in vars(documents).items() if value is not None}
+            entry["documents"] = {**known, "path": relative(documents.path)}
     if shard.extents_are_documents:
         entry["extents_are_documents"] = True
     if shard.document_count is not None:
@@ -118,13 +130,24 @@ def _entry(shard: Shard, folder: Path, tables: _Tables) -> dict[str, Any]:
     return entry
 
 
-def read_manifest(path: Path, roots: Iterable[str | Path], bad: list[ShardError] | None = None) -> dict[str, Any]:
+Bad = list[tuple[str, str]]
+"""What is wrong with files: the path of one, and a sentence."""
+
+
+def read_manifest(path: Path, roots: Iterable[str | Path], bad: Bad | None = None) -> dict[str, Any]:
     """The arguments of a Manifest. bad: if given, takes what is wrong with files, which is then not raised."""
     try:
+        _refuse_pipe(path)
         reader = Reader(path, json.loads(path.read_bytes(), parse_constant=_refuse_constant), roots, bad)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"cannot read manifest {path}: {error}") from error
     return reader.manifest()
+
+
+def _refuse_pipe(path: str | Path) -> None:
+    """Opening a pipe would wait for its other end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
 
 
 def _refuse_constant(name: str) -> None:
@@ -134,7 +157,7 @@ def _refuse_constant(name: str) -> None:
 class Reader:
     """Turns the JSON of a manifest into what a Manifest is made of, checking every value on the way."""
 
-    def __init__(self, path: Path, content: Any, roots: Iterable[str | Path], bad: list[ShardError] | None):
+    def __init__(self, path: Path, content: Any, roots: Iterable[str | Path], bad: Bad | None):
         self.path, self.content, self.bad = path, content, bad
         given = [str(root) for root in roots]
         self.folder = os.path.realpath(path.parent)
@@ -166,10 +189,12 @@ class Reader:
             entries = self.take(entry, key, list, where, optional=True) or []
             return tuple(self.shard(e, (where, key, i)) for i, e in enumerate(entries))
 
+        name = self.take(entry, "name", str, where)
+        self.refuse_half_pairs(name, f"{where}.name")
         bytes_per_token = self.take(entry, "bytes_per_token", (int, float), where, optional=True)
         return checked_domain(
             Domain(
-                name=self.take(entry, "name", str, where),
+                name=name,
                 shards=shards("shards"),
                 validation=shards("validation"),
                 field=self.take(entry, "field", str, where, optional=True),
@@ -199,7 +224,7 @@ class Reader:
         if offset is None:
             return self.by_format(entry, where, path, format, dtype)
         shard = Shard(path, format, dtype, offset, tokens, size, digest, **rest)
-        if tokens <= 0 or offset < 0 or (shard.extents is None and offset + tokens * WIDTHS[dtype] > size):
+        if tokens <= 0 or offset < 0 or _end(shard) > size:
             raise ManifestError(
                 f"{_place(where)} in manifest {self.path} has {tokens} {dtype} tokens from byte {offset} on, "
                 f"but {size} bytes; the manifest is damaged, write it again"
@@ -235,13 +260,14 @@ class Reader:
         try:
             found = open_shard(path, format=format, dtype=dtype)
         except ShardError as error:
-            self.report(str(error))
+            self.report(path, str(error))
             return Shard(path, format, dtype, 0, tokens, size, digest)
         for key, actual, expected in (("tokens", found.tokens, tokens), ("bytes", found.bytes, size)):
             if actual != expected:
                 self.report(
+                    path,
                     f"shard {path} has {actual} {key}, but manifest {self.path} says {expected}; "
-                    "the shard was truncated or replaced: restore it, or write the manifest again"
+                    "the shard was truncated or replaced: restore it, or write the manifest again",
                 )
         return dataclasses.replace(found, digest=digest)
 
@@ -267,18 +293,28 @@ class Reader:
             # A slice of a memmap says the offset of the whole.
             return Documents(str(table.filename), int(table.offset) + 8 * first, count)
         numbers = {key: self.take(entry, key, int, where) for key in ("offset", "count", "width", "bias", "unit")}
+        digest = self.take(entry, "digest", str, where, optional=True)
         path = self.place(self.take(entry, "path", str, where), where)
-        if numbers["width"] not in (4, 8) or not numbers["unit"]:
+        if numbers["width"] not in (4, 8) or not numbers["unit"] or max(numbers["unit"], numbers["bias"]) >= 1 << 63:
             raise ManifestError(f"{_place(where)}.documents in manifest {self.path} is {entry}; it is damaged")
         self.check(path, numbers["offset"] + numbers["count"] * numbers["width"], at_least=True)
-        return Documents(path, **numbers)
+        return Documents(path, **numbers, digest=digest)
 
     def open_tables(self, entry: dict[str, Any] | None) -> np.ndarray | None:
         if entry is None:
             return None
         path = self.place(self.take(entry, "path", str, "tables"), "tables")
         count = self.take(entry, "count", int, "tables")
+        digest = self.take(entry, "sha256", str, "tables", optional=True)
         try:
+            _refuse_pipe(path)
+            if self.bad is not None and digest is not None:
+                content = hashlib.sha256()
+                for block in Source(path, None).blocks(stored=True):
+                    content.update(block)
+                found = content.hexdigest()
+                if found != digest:
+                    self.report(path, f"{path} has sha256 {found}, but manifest {self.path} says {digest}; restore it")
             tables = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ManifestError(f"cannot read {path}, which manifest {self.path} refers to: {error}") from error
@@ -299,6 +335,8 @@ class Reader:
         """The path that a name stands for, if it leads into an allowed root."""
         if "\0" in name:
             raise ManifestError(f"{_place(where)}.path in manifest {self.path} holds a NUL byte")
+        if not name.isascii():
+            self.refuse_half_pairs(name, f"{_place(where)}.path")
         if is_url(name):
             if any(name.startswith(root) for root in self.urls) and ".." not in name.split("/"):
                 return name
@@ -342,22 +380,32 @@ class Reader:
         try:
             status = self.found[1] if self.found[0] == path else os.stat(path)
         except FileNotFoundError:
-            return self.report(f"shard {path} does not exist; check the path or restore the file")
+            return self.report(path, f"shard {path} does not exist; check the path or restore the file")
         except OSError as error:
-            return self.report(f"cannot open shard {path}: {error}")
+            return self.report(path, f"cannot open shard {path}: {error}")
         if not stat.S_ISREG(status.st_mode):
-            return self.report(f"shard {path} is not a regular file")
+            return self.report(path, f"shard {path} is not a regular file")
         if status.st_size < expected or (status.st_size > expected and not at_least):
             return self.report(
+                path,
                 f"shard {path} has {status.st_size} bytes, but manifest {self.path} says {expected}; "
-                "the shard was truncated or replaced: restore it, or write the manifest again"
+                "the shard was truncated or replaced: restore it, or write the manifest again",
             )
         return None
 
-    def report(self, message: str) -> None:
+    def report(self, path: str, message: str) -> None:
         if self.bad is None:
             raise ShardError(message)
-        self.bad.append(ShardError(message))
+        self.bad.append((path, message))
+
+    def refuse_half_pairs(self, text: str, where: str) -> None:
+        """Refuse what neither a file can be called nor a terminal can show."""
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            raise ManifestError(
+                f"{where} in manifest {self.path} is {text!a}, which holds half a surrogate pair"
+            ) from None
 
     def take(self, entry: Any, key: str, kind: Any, where: Any, *, optional: bool = False) -> Any:
         if not isinstance(entry, dict):
@@ -370,6 +418,17 @@ class Reader:
             return None
         place = f"{_place(where)}.{key}".lstrip(".")
         raise ManifestError(f"{place} in manifest {self.path} is {value!r}; expected {_kind_name(kind)}")
+
+
+def _end(shard: Shard) -> int:
+    """The byte after the last token, as far as it takes no table to tell."""
+    extents = shard.extents
+    if extents is None:
+        return shard.offset + shard.tokens * shard.width
+    if extents.ends is not None:
+        return 0
+    full = (shard.tokens - 1) // extents.tokens
+    return shard.offset + full * extents.stride + (shard.tokens - full * extents.tokens) * shard.width
 
 
 def _place(where: Any) -> str:

@@ -13,10 +13,12 @@ from corpora import tagged, write_llmc, write_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixloader import MixLoader, remote
 from mixloader.errors import ManifestError, MixLoaderError, ShardError
 from mixloader.formats import FORMATS, Shard, open_shard, open_shards, read_tokens
 from mixloader.formats.source import Source
 from mixloader.formats.tables import read_table
+from mixloader.manifest import Domain, Manifest
 
 DOCUMENTS = [np.arange(start, start + n) for start, n in ((0, 7), (100, 1), (200, 300), (600, 12), (700, 80))]
 TOKENS = np.concatenate(DOCUMENTS)
@@ -393,7 +395,7 @@ def test_mds_arrays_that_lie_are_refused(tmp_path):
 def test_mds_bytes_of_another_dtype_are_noticed(tmp_path):
     samples = [{"tokens": foreign.little(np.arange(64) + 1, "uint16").tobytes()}]
     folder = foreign.write_mds(tmp_path, [samples], {"tokens": "bytes"})
-    with pytest.raises(ShardError, match=r"int64 by default, but its first token would be \d+; give their dtype="):
+    with pytest.raises(ShardError, match=r"int64 by default, but one of its tokens would be \d+; give their dtype="):
         open_shards(folder)
     assert read_tokens(open_shards(folder, dtype="uint16")[0]).tolist() == list(range(1, 65))
 
@@ -548,3 +550,88 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("mixloader.formats.source.open", refuse, raising=False)
     with pytest.raises(ShardError, match=r"cannot open shard .*a\.bin: .*Permission denied"):
         open_shard(path)
+
+
+def test_a_query_is_no_part_of_a_urls_name(monkeypatch):
+    monkeypatch.setattr(remote, "size", lambda url: 200)
+    monkeypatch.setattr(remote, "exists", lambda url: False)
+    monkeypatch.setattr(remote, "read_range", lambda url, start, count: bytes(range(1, count + 1)))
+    (shard,) = open_shards("http://h/a/l_val.bin?sig=a/b.zst")
+    assert (shard.format, shard.tokens, shard.compression) == ("nanogpt", 100, None)
+    source = Source("https://h/a/l.bin.zst?sig=a/b")
+    assert (source.name, source.compression, source.beside("l.idx")) == ("l.bin", "zstd", "https://h/a/l.idx?sig=a/b")
+    manifest = Manifest((Domain("a", (shard,)),))
+    assert manifest.roots_outside("/data/manifest.json") == ["http://h/a"]
+    with pytest.raises(ManifestError, match="holds a shard out"):
+        Manifest.open({"a": shard.path})
+    assert Source("s3://b/what?.bin", None).name == "what?.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "message"),
+    [
+        ("a.bin", struct.pack("<I", 20240520 ^ 1 << 30), "nearly llm.c's magic number; it is damaged"),
+        ("a.bin", struct.pack("<I", 20240801 ^ 9), "nearly llm.c's magic number; it is damaged"),
+        ("a.bin", struct.pack("<I", 20240522), "examples for evaluation"),
+        ("a.npy", b"\x93NUMPX", "nearly NumPy's"),
+        ("a.txt", b"some text", "does not say that it holds tokens; .* give format="),
+        ("a.parquet", b"PAR1", "does not say that it holds tokens"),
+        ("a.npz", b"PK", "does not say that it holds tokens"),
+    ],
+)
+def test_what_is_hardly_bare_tokens_is_refused(tmp_path, name, start, message):
+    path = tmp_path / name
+    path.write_bytes(start.ljust(2048, b"\1"))
+    with pytest.raises(ShardError, match=message):
+        open_shards(path)
+    assert open_shards(path, format="nanogpt")[0].tokens == 1024
+
+
+@pytest.mark.parametrize("start", [b"MMIDIDX\0\1".ljust(100, b"\0"), b"MMIDIDX\0\0", b"x"])
+def test_a_damaged_megatron_index_is_not_passed_over(tmp_path, start):
+    path = foreign.write_megatron(tmp_path / "a", DOCUMENTS)
+    path.with_suffix(".idx").write_bytes(start)
+    with pytest.raises(ShardError, match=r"a\.idx (has|begins with) .*(it was truncated|it is no Megatron index)"):
+        open_shards(path)
+    assert open_shards(path, format="nanogpt")[0].documents is None
+
+
+@pytest.mark.parametrize("tokens", [np.r_[5, 0, np.arange(1, 63)], np.zeros(64)])
+def test_mds_bytes_are_looked_at_beyond_their_first_token(tmp_path, tokens):
+    samples = [{"tokens": foreign.little(tokens, "int32").tobytes()}]
+    folder = foreign.write_mds(tmp_path, [samples], {"tokens": "bytes"})
+    with pytest.raises(ShardError, match=r"int64 by default, but .* give their dtype="):
+        open_shards(folder)
+    assert open_shards(folder, dtype="int32")[0].tokens == 64
+
+
+@pytest.mark.parametrize("digits", ["²", "1" * 5000])
+def test_odd_digits_in_a_litdata_index_are_refused(tmp_path, digits):
+    foreign.write_litdata(tmp_path, [DOCUMENTS], data_format=[f"no_header_tensor:{digits}"])
+    with pytest.raises(ShardError, match="has data_format"):
+        open_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "count"), [("ndarray:uint16", 20), ("ndarray:uint16:50", 20), ("ndarray:uint16", 1)]
+)
+def test_mds_samples_of_one_length_are_documents_on_request(tmp_path, encoding, count):
+    samples = [{"tokens": foreign.little(np.arange(50) + i, "uint16")} for i in range(count)]
+    sizes = {"tokens": 100} if encoding.endswith("50") else None
+    folder = foreign.write_mds(tmp_path / "mds", [samples], {"tokens": encoding}, sizes)
+    assert open_shards(folder)[0].document_count is None
+    data = {"a": {"path": folder, "documents": "samples"}}
+    manifest = Manifest.open(data)
+    (shard,) = manifest.domains[0].shards
+    assert (shard.document_count, shard.extents_are_documents) == (count, True)
+    assert read_tokens(shard).tolist() == np.concatenate([s["tokens"] for s in samples]).tolist()
+    manifest.save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path / "manifest.json") == manifest
+    with MixLoader(tmp_path / "manifest.json", 1, 30, documents="index", shuffle=False) as loader:
+        assert next(loader)["position_ids"][0].tolist() == [*range(30)]
+        if count > 1:
+            assert next(loader)["position_ids"][0].tolist() == [*range(20), *range(10)]
+    with pytest.raises(ManifestError, match="expected 'samples' or none"):
+        open_shards(folder, documents="rows")
+    with pytest.raises(ManifestError, match="format nanogpt, which has no samples"):
+        open_shards(write_raw(tmp_path / "a.bin", tagged(0, 5)), documents="samples")

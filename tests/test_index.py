@@ -1,7 +1,9 @@
 """`index` and `verify`: what a manifest over foreign shards says, and which damage is found and named."""
 
+import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import foreign
@@ -236,3 +238,157 @@ def test_one_format_for_all(data, capsys):
     )
     assert main(["index", str(data), f"a={data / 'llmc'}", "--format", "parquet"]) == 2
     assert "unknown shard format 'parquet'" in capsys.readouterr().err
+
+
+def test_an_index_made_again_does_not_take_its_own_tables_for_a_shard(tmp_path):
+    folder = foreign.write_mds(
+        tmp_path / "mds", [[{"tokens": foreign.little(d, "uint16")} for d in DOCUMENTS]], {"tokens": "ndarray:uint16"}
+    )
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_index(plain, {"a": folder})
+    (tables,) = plain.glob("manifest.tables-*.npy")
+    write_raw(plain / "a.bin", TOKENS.astype("<u2"))
+    manifest = write_index(plain, {"a": plain})
+    assert [Path(s.path).name for s in manifest.domains[0].shards] == ["a.bin"]
+    (plain / "manifest.json").unlink()
+    assert tables.is_file()
+    assert Manifest.open(plain).names == ("a",)
+
+
+def messages(folder: Path) -> list[str]:
+    return verify(folder)[0]
+
+
+@pytest.mark.parametrize("name", ["datatrove/a.ds.index", "megatron/a.idx"])
+def test_a_changed_table_of_documents_is_reported(data, name):
+    write_index(data, domains(data))
+    path = data / name
+    content = bytearray(path.read_bytes())
+    at = 8 if name.endswith(".index") else 34 + 4 * len(DOCUMENTS) + 8
+    content[at] ^= 2  # still ascending
+    path.write_bytes(content)
+    (message,) = messages(data)
+    assert f"{name} has sha256:" in message
+
+
+def test_tables_that_do_not_fit_their_shard_are_reported(data):
+    write_index(data, domains(data))
+    (tables,) = data.glob("manifest.tables-*.npy")
+    numbers = np.load(tables)
+    numbers[-1] ^= 1
+    np.save(tables, numbers)
+    assert any(f"{tables} has sha256" in message for message in messages(data))
+    path = data / "manifest.json"
+    content = json.loads(path.read_text())
+    content["tables"]["sha256"] = hashlib.sha256(tables.read_bytes()).hexdigest()
+    for domain in content["domains"]:
+        (domain["shards"][0].get("documents") or {}).pop("digest", None)
+    path.write_text(json.dumps(content))
+    ends = np.fromfile(data / "datatrove" / "a.ds.index", dtype="<u8")
+    ends[[1, 2]] = ends[[2, 1]]
+    ends.tofile(data / "datatrove" / "a.ds.index")
+    assert any("a.ds.index decreases or leads to no token" in message for message in messages(data))
+    numbers[:] = numbers[::-1].copy()
+    np.save(tables, numbers)
+    assert any("the table of extents of shard" in message for message in messages(data))
+
+
+def test_verify_looks_at_every_file_that_is_not_reported_yet(tmp_path):
+    write_raw(tmp_path / "a" / "x.bin", TOKENS.astype("<u2"))
+    write_raw(tmp_path / "a" / "x.bin.zz.bin", TOKENS.astype("<u2"))
+    write_index(tmp_path, {"a": tmp_path / "a"}, checksums=True)
+    (tmp_path / "a" / "x.bin.zz.bin").unlink()
+    (tmp_path / "a" / "x.bin").write_bytes(bytes(len(TOKENS) * 2))
+    assert [message.split(" ")[1].rsplit("/", 1)[1] for message in messages(tmp_path)] == ["x.bin.zz.bin", "x.bin"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("domains", 1, "name"), "a", "two domains have the name 'a'"),
+        (("domains",), [], "a manifest needs at least one domain"),
+        (("vocab_size",), 1 << 63, "vocab_size is 9223372036854775808; expected"),
+        (("domains", 0, "shards", 0, "extents"), {"tokens": 5, "stride": 1 << 60}, "the manifest is damaged"),
+        (("domains", 0, "shards", 0, "path"), "\ud800.bin", "holds half a surrogate pair"),
+        (("domains", 0, "name"), "\ud800", "holds half a surrogate pair"),
+    ],
+)
+def test_verify_refuses_what_open_refuses(tmp_path, place, value, message):
+    path = write_raw(tmp_path / "a.bin", TOKENS.astype("<u2"))
+    write_index(tmp_path, {"a": path, "b": path})
+    content = target = json.loads((tmp_path / "manifest.json").read_text())
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    for look in (Manifest.open, verify):
+        with pytest.raises(ManifestError, match=message):
+            look(tmp_path)
+
+
+def test_an_index_in_a_folder_that_is_a_link_finds_its_shards(tmp_path):
+    path = write_raw(tmp_path / "shards" / "a.bin", TOKENS.astype("<u2"))
+    (tmp_path / "deep" / "er" / "out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "deep" / "er" / "out")
+    write_index(tmp_path / "out", {"a": path})
+    assert Manifest.open(tmp_path / "out", roots=[path.parent]).domains[0].tokens == len(TOKENS)
+
+
+def test_an_index_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    path = write_raw(tmp_path / "a.bin", TOKENS.astype("<u2"))
+    for out, *options in (
+        ["/dev/null/x"],
+        [str(path)],
+        [str(tmp_path), "--eot", "-1"],
+        [str(tmp_path), f"--eot={1 << 64}"],
+    ):
+        assert main(["index", out, f"a={path}", *options]) == 2
+        assert "error: " in capsys.readouterr().err
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(ManifestError, match=r"cannot write manifest .*x\.json"):
+        write_index(tmp_path / "x.json", {"a": path})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "x.json"]
+
+
+def test_files_without_block_checksums_are_counted(tmp_path, capsys):
+    (tmp_path / "a.bin.gz").write_bytes(gzip.compress(TOKENS.astype("<u2").tobytes()))
+    assert main(["index", str(tmp_path), f"a={tmp_path}", "--blocks"]) == 0
+    assert "no block checksums of 1 files" in capsys.readouterr().out
+
+
+def test_a_pipe_is_no_manifest_and_no_table(data):
+    write_index(data, domains(data))
+    (tables,) = data.glob("manifest.tables-*.npy")
+    for path in (tables, data / "manifest.json"):
+        path.unlink()
+        os.mkfifo(path)
+        for look in (Manifest.open, verify):
+            with pytest.raises(ManifestError, match="is not a regular file"):
+                look(data)
+
+
+def test_tables_of_another_cache_folder_go_beside_the_manifest(tmp_path, monkeypatch):
+    path = foreign.write_megatron(tmp_path / "d" / "a", DOCUMENTS, indices=[0, 2, len(DOCUMENTS)])
+    manifest = Manifest.open({"a": path})
+    monkeypatch.setenv("MIXLOADER_CACHE", str(tmp_path / "another"))
+    manifest.save(tmp_path / "d" / "manifest.json")
+    assert ".tables-" in Manifest.open(tmp_path / "d").domains[0].shards[0].documents.path
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    path = foreign.write_megatron(tmp_path / "a", DOCUMENTS, indices=[0, 2, len(DOCUMENTS)])
+    monkeypatch.setenv("MIXLOADER_CACHE", "/dev/null/cache")
+    with pytest.raises(ShardError, match=r"cannot keep a table of documents in /dev/null/cache.*MIXLOADER_CACHE"):
+        open_shards(path)
+
+
+@pytest.mark.parametrize("changed", [{"unit": 4}, {"bias": 1}, {"offset": 0}, {"count": 3, "bias": 1 << 62}])
+def test_an_entry_whose_table_leads_astray_is_reported(data, changed):
+    write_index(data, {"a": data / "megatron"})
+    assert messages(data) == []
+    content = json.loads((data / "manifest.json").read_text())
+    content["domains"][0]["shards"][0]["documents"].update(changed)
+    (data / "manifest.json").write_text(json.dumps(content))
+    (message,) = messages(data)
+    assert "a.idx decreases or leads to no token of the 369 of shard" in message

@@ -1,5 +1,6 @@
 """Manifests, folders and shards: what opens, and what is refused with which words."""
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -345,3 +346,67 @@ def test_any_bytes_open_or_are_refused_with_a_shard_error(tmp_path_factory, cont
     except ShardError:
         return
     assert shard.offset + shard.tokens * shard.width == len(content)
+
+
+RAW = np.arange(1, 101, dtype="<u2")
+
+
+@pytest.mark.parametrize("name", ["x_val.bin.zst", "x-val.npy.gz", "x_val.ds.gz", "x_validation.bin", "x.val.bin"])
+def test_held_out_shards_are_known_by_name_whatever_their_suffixes(tmp_path, name):
+    write_raw(tmp_path / "train.bin", RAW)
+    write_raw(tmp_path / "raw", RAW)
+    compressed = (tmp_path / "raw").read_bytes()
+    if name.endswith(".gz"):
+        compressed = gzip.compress(compressed)
+    elif name.endswith(".zst"):
+        compressed = pytest.importorskip("zstandard").ZstdCompressor().compress(compressed)
+    (tmp_path / name).write_bytes(compressed)
+    for data in (tmp_path, {"a": tmp_path}):
+        (domain,) = Manifest.open(data).domains
+        assert [Path(s.path).name for s in domain.shards] == ["train.bin"]
+        assert [Path(s.path).name for s in domain.validation] == [name]
+
+
+def test_a_folder_of_train_and_validation_is_one_domain(tmp_path):
+    for name in ("train", "validation", "test"):
+        write_raw(tmp_path / "c4" / name / "00.bin", RAW)
+    (domain,) = Manifest.open(tmp_path / "c4").domains
+    assert (domain.name, domain.tokens, len(domain.validation)) == ("c4", 100, 2)
+    write_raw(tmp_path / "c4" / "wiki" / "00.bin", RAW)
+    with pytest.raises(ManifestError, match="holds test beside train, wiki; expected train alone: pass a mapping"):
+        Manifest.open(tmp_path / "c4")
+
+
+def test_shards_beside_folders_of_shards_are_not_ignored(tmp_path):
+    write_raw(tmp_path / "books" / "00.bin", RAW)
+    write_raw(tmp_path / "train.bin", RAW)
+    with pytest.raises(ManifestError, match=r"both files of tokens \(train\.bin\) and folders of them \(books\)"):
+        Manifest.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["a.bin"], r"the data are \['a.bin'\]; expected a manifest, its path, a folder, or a mapping"),
+        ({"a": None}, "path of domain 'a' is None; expected a path or a list of paths"),
+        ({"a": 3}, "path of domain 'a' is 3; expected"),
+        ({"a": [3]}, "path of domain 'a' has 3 among its paths"),
+        ({"a": {"path": "a.bin", "validation": None}}, "validation of domain 'a' is None; expected a path"),
+        ({"a": {"path": "a.bin", "format": ["npy"]}}, r"format of domain 'a' is \['npy'\]; expected a string or none"),
+        ({"a": "values.bin"}, 'the name of .*values.bin has "val" in it, which holds a shard out; rename'),
+        ("a.bin", r'a\.bin holds tokens and is no manifest; name its domain: {"name": .a\.bin.}'),
+    ],
+)
+def test_what_is_no_data_is_refused_with_a_sentence(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    write_raw(tmp_path / "a.bin", RAW)
+    write_raw(tmp_path / "values.bin", RAW)
+    with pytest.raises(ManifestError, match=message):
+        Manifest.open(data)
+
+
+def test_mds_shards_without_their_index_say_what_is_missing(tmp_path):
+    write_raw(tmp_path / "mds" / "shard.00000.mds", RAW)
+    for data in (tmp_path, {"a": tmp_path / "mds"}):
+        with pytest.raises(ShardError, match=r"holds shard\.00000\.mds, but no index\.json that lists it"):
+            Manifest.open(data)

@@ -49,7 +49,7 @@ class Documents:
 
     path: the file with the table (the shard's own path: in the raw content of the shard itself): `count`
     ascending little-endian numbers of `width` bytes (4 or 8) from byte `offset`; number x stands for token
-    (x - bias) / unit, and one past the last token for none.
+    (x - bias) / unit, and one past the last token for none. digest: "sha256:HEX" of a file of its own, or None.
     """
 
     path: str
@@ -58,6 +58,7 @@ class Documents:
     width: int = 8
     bias: int = 0
     unit: int = 1
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Shard:
         elif self.extents is not None:
             known |= {"extent_tokens": self.extents.tokens, "extent_stride": self.extents.stride}
         if self.documents is not None:
-            known["documents"] = vars(self.documents)
+            known["documents"] = {key: value for key, value in vars(self.documents).items() if key != "digest"}
         if self.extents_are_documents:
             known["extents_are_documents"] = True
         if self.checksums is not None:
@@ -122,10 +123,20 @@ class Shard:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user says of files that do not say it of themselves. dtype: of the tokens. column: the one with them."""
+    """What a user says of files that do not say it of themselves.
+
+    dtype: of the tokens. column: the one with them. documents: "samples" if samples of one size are documents too.
+    """
 
     dtype: str | None = None
     column: str | None = None
+    documents: str | None = None
+
+
+def is_nearly(found: bytes, magic: bytes) -> bool:
+    """Whether what stands where a magic is expected is that, but for one damaged bit or two."""
+    differing = int.from_bytes(found, "little") ^ int.from_bytes(magic, "little")
+    return len(found) == len(magic) and 0 < differing.bit_count() <= 2
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def _dtype(config: Listing) -> str:
         )
     formats = config.take("data_format", list)
     serializer, _, code = str(formats[0] if formats else "").partition(":")
-    dtype = _DTYPES.get(serializer, {}).get(int(code) if code.isdigit() else -1)
+    dtype = {str(known): dtype for known, dtype in _DTYPES.get(serializer, {}).items()}.get(code)
     if len(formats) != 1 or dtype is None:
         raise ShardError(f"{config.path} has data_format {formats}; expected one array of integers without a header")
     return dtype

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Choice, Format, Shard, shard_of
+from mixloader.formats.base import WIDTHS, Choice, Format, Shard, is_nearly, shard_of
 from mixloader.formats.source import Source
 
 LLMC_HEADER = 1024
 LLMC_MAGIC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+_EVALUATION = 20240522  # examples of multiple choice, not running text
 
 
 def _matches(source: Source) -> bool:
@@ -43,6 +44,19 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
             f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
         )
     return (shard_of(source, "llmc", dtype, LLMC_HEADER, tokens),)
+
+
+def refuse_damaged_header(source: Source) -> None:
+    """Refuse a .bin that would be taken for bare tokens but begins like a file of llm.c."""
+    start = source.read(0, 4)
+    magic = int.from_bytes(start, "little")
+    if magic == _EVALUATION:
+        raise ShardError(f"{source.path} holds llm.c's examples for evaluation, not running text; leave it out")
+    if any(is_nearly(start, known.to_bytes(4, "little")) for known in LLMC_MAGIC):
+        raise ShardError(
+            f"shard {source.path} begins with {magic}, nearly llm.c's magic number; it is damaged: restore it, or give "
+            "format='nanogpt' if these are tokens"
+        )
 
 
 LLMC = Format("llmc", _matches, _open)

@@ -78,9 +78,9 @@ def _shard(index: Source, entry: Listing, raw: Listing, choice: Choice) -> Shard
     counts = sizes // WIDTHS[dtype]
     if not counts.any():
         raise ShardError(f"shard {source.path} holds no tokens; write it again or take it out of its domain")
-    shard = _with_extents(source, dtype, begins, counts, _digest(stored))
+    shard = _with_extents(source, dtype, begins, counts, _digest(stored), choice.documents == "samples")
     if column.dtype is None and choice.dtype is None and column.shaped:
-        _refuse_another_dtype(source, shard, int(begins[counts > 0][0]))
+        _refuse_another_dtype(source, begins[counts > 0], counts[counts > 0])
     return shard
 
 
@@ -216,10 +216,12 @@ def _headers(
     return dtype, skipped + 1 + (1 << (shapes & 3))
 
 
-def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.ndarray, digest: str | None) -> Shard:
+def _with_extents(
+    source: Source, dtype: str, begins: np.ndarray, counts: np.ndarray, digest: str | None, are_documents: bool
+) -> Shard:
     tokens, width = int(counts.sum()), WIDTHS[dtype]
     alike = len(counts) > 1 and bool((counts == counts[0]).all())
-    if (begins[1:] == begins[:-1] + counts[:-1] * width).all():
+    if not are_documents and (begins[1:] == begins[:-1] + counts[:-1] * width).all():
         extents = None
     elif alike and (np.diff(begins) == begins[1] - begins[0]).all():
         extents = Extents(tokens=int(counts[0]), stride=int(begins[1] - begins[0]))
@@ -227,19 +229,21 @@ def _with_extents(source: Source, dtype: str, begins: np.ndarray, counts: np.nda
         begins, counts = begins[counts > 0], counts[counts > 0]
         extents = Extents(ends=np.cumsum(counts).astype(np.uint64), bytes=begins.astype(np.uint64))
     shard = shard_of(source, "mds", dtype, int(begins[0]), tokens, digest=digest, extents=extents)
-    if alike or extents is None:  # chunks of one size are cut from running text: they are no documents
+    # Unless a user says otherwise, chunks of one size are cut from running text: they are no documents.
+    if not are_documents and (alike or extents is None):
         return shard
     return replace(shard, document_count=len(counts), extents_are_documents=True)
 
 
-def _refuse_another_dtype(source: Source, shard: Shard, begin: int) -> None:
-    """Bytes do not say what they are; read as int64, narrower tokens give absurd ids."""
-    first = np.frombuffer(source.read(begin, 8), dtype="<i8")[0]
-    if not 0 <= first < 1 << 31:
-        raise ShardError(
-            f"shard {shard.path} holds bytes, which are int64 by default, but its first token would be {first}; "
-            "give their dtype="
-        )
+def _refuse_another_dtype(source: Source, begins: np.ndarray, counts: np.ndarray) -> None:
+    """Bytes do not say what they are; read as int64, narrower tokens give absurd ids, unless they are zeros."""
+    picked = np.unique(np.linspace(0, len(begins) - 1, 16).astype(np.int64))
+    read = (source.read(int(begins[i]), 8 * min(int(counts[i]), 4096)) for i in picked)
+    tokens = np.frombuffer(b"".join(read), dtype="<i8")
+    absurd = tokens[(tokens < 0) | (tokens >= 1 << 31)]
+    if len(absurd) or not tokens.any():
+        found = f"one of its tokens would be {absurd[0]}" if len(absurd) else "the tokens looked at would all be 0"
+        raise ShardError(f"shard {source.path} holds bytes, which are int64 by default, but {found}; give their dtype=")
 
 
 def _gather(source: Source, positions: np.ndarray, width: int) -> np.ndarray:

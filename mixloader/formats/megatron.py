@@ -24,8 +24,7 @@ _BLOCK = 1 << 20  # sequences checked at a time
 def _matches(source: Source) -> bool:
     if source.name.endswith(".idx"):
         return True
-    index = source.find(_stem(source) + ".idx") if source.name.endswith(".bin") else None
-    return index is not None and index.read(0, len(_MAGIC)) == _MAGIC
+    return source.name.endswith(".bin") and source.find(_stem(source) + ".idx") is not None
 
 
 def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
@@ -35,7 +34,10 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
         raise ShardError(f"{index.path} has {index.size} bytes, fewer than its header; it was truncated")
     magic, version, code, sequences, documents = _HEADER.unpack(header)
     if magic != _MAGIC:
-        raise ShardError(f"{index.path} begins with {magic!r}, not with {_MAGIC!r}; it is no Megatron index")
+        raise ShardError(
+            f"{index.path} begins with {magic!r}, not with {_MAGIC!r}; it is no Megatron index: "
+            "restore it, or give format= if it belongs to something else"
+        )
     if version != 1:
         raise ShardError(f"{index.path} is a Megatron index of version {version}; expected 1")
     dtype = _DTYPES.get(code, f"unknown (code {code})")

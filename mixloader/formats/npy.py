@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Choice, Format, Shard, shard_of
+from mixloader.formats.base import WIDTHS, Choice, Format, Shard, is_nearly, shard_of
 from mixloader.formats.nanogpt import raw_tokens
 from mixloader.formats.source import Source
 
@@ -25,6 +25,8 @@ def _matches(source: Source) -> bool:
 
 def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     start = source.read(0, 12)
+    if is_nearly(start[: len(_MAGIC)], _MAGIC):
+        raise ShardError(f"shard {source.path} begins with {start[:6]!r}, nearly NumPy's {_MAGIC!r}; it is damaged")
     if not start.startswith(_MAGIC[: len(start)]):
         return (raw_tokens(source, "npy", choice.dtype or "uint16"),)
     path, version = source.path, start[6:8]

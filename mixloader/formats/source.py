@@ -26,6 +26,21 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in path and _URL.match(path) is not None
 
 
+def without_query(path: str) -> str:
+    """A path or URL without the query and fragment that a URL of HTTP may have."""
+    return re.split(r"[?#]", path, maxsplit=1)[0] if path.lower().startswith(("http://", "https://")) else path
+
+
+def name_of(path: str) -> str:
+    """The name of the file that a path or URL leads to."""
+    return without_query(path).rsplit("/", 1)[-1]
+
+
+def folder_of(path: str) -> str:
+    """The folder, or the URL of the folder, of the file that a path or URL leads to."""
+    return without_query(path).rpartition("/")[0]
+
+
 class Source:
     """Offsets and sizes are those of the raw content; `stored_bytes` is the size of the file as it lies there.
 
@@ -37,7 +52,7 @@ class Source:
     def __init__(self, path: str | Path, compression: str | None = "by suffix", raw_bytes: int | None = None):
         self.path = str(path) if is_url(path) else os.path.abspath(path)
         if compression == "by suffix":
-            compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
+            compression = COMPRESSIONS.get(os.path.splitext(name_of(self.path))[1])
         self.compression = compression
         self.stored_bytes = self._stored_size()
         self._raw_bytes = raw_bytes
@@ -49,7 +64,7 @@ class Source:
     @property
     def name(self) -> str:
         """The name of the file without its folder and the suffix of its compression."""
-        name = self.path.rsplit("/", 1)[-1]
+        name = name_of(self.path)
         return os.path.splitext(name)[0] if os.path.splitext(name)[1] in COMPRESSIONS else name
 
     @cached_property
@@ -87,7 +102,8 @@ class Source:
         parts = name.split("/")
         if not name or "\0" in name or ".." in parts or os.path.isabs(name) or is_url(name):
             raise ShardError(f"{self.path} names the file {name!r}, which lies outside its folder")
-        return f"{self.path.rsplit('/', 1)[0]}/{name}"
+        plain = without_query(self.path)
+        return f"{folder_of(self.path)}/{name}{self.path[len(plain) :]}"  # a query may be what lets one in
 
     def find(self, name: str) -> Source | None:
         """Another file in this one's folder as it lies there, or None."""
