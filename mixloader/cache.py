@@ -27,6 +27,7 @@ from typing import Any
 from mixloader import remote
 from mixloader.errors import ConfigError, ShardError
 from mixloader.files import cache_folder
+from mixloader.formats import Shard
 from mixloader.remote import Cancelled
 
 DEFAULT_LIMIT = 64 << 30  # bytes
@@ -53,9 +54,10 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path | None = None, limit_bytes: int = DEFAULT_LIMIT, workers: int = 4):
-        if limit_bytes < 1 or workers < 1:
+        if not all(isinstance(n, (int, float)) and n == n // 1 >= 1 for n in (limit_bytes, workers)):
             raise ConfigError(
-                f"a shard cache needs limit_bytes and workers of at least 1, not {limit_bytes}, {workers}"
+                f"a shard cache needs limit_bytes (cache_bytes of a loader) and workers, integers of at least 1, "
+                f"not {limit_bytes!r} and {workers!r}"
             )
         self.folder = Path(folder) if folder is not None else cache_folder() / "shards"
         self.limit_bytes, self.workers = int(limit_bytes), int(workers)
@@ -236,6 +238,22 @@ class ShardCache:
         with self._changed:
             self._turns.remove(name)
             self._changed.notify_all()
+
+
+def open_cache(cache_dir: str | Path | None, cache_bytes: int | None) -> ShardCache:
+    """The cache of shards in what a loader has as cache_dir."""
+    folder = cache_folder(cache_dir) / "shards"
+    return ShardCache(folder) if cache_bytes is None else ShardCache(folder, cache_bytes)
+
+
+def known(shard: Shard) -> dict[str, Any]:
+    """What a cache has to know of a shard besides its path."""
+    return {
+        "compression": shard.compression,
+        "digest": shard.digest,
+        "bytes": shard.bytes,
+        "stored_bytes": shard.stored_bytes,
+    }
 
 
 class _Locks:

@@ -11,10 +11,9 @@ import numpy as np
 
 from mixloader import _core
 from mixloader.batch import BatchFormat
-from mixloader.cache import ShardCache
+from mixloader.cache import ShardCache, open_cache
 from mixloader.errors import ConfigError, ManifestError
 from mixloader.fetcher import Fetcher
-from mixloader.files import cache_folder
 from mixloader.formats.source import is_url
 from mixloader.layout import Layout
 from mixloader.manifest import Manifest
@@ -63,7 +62,7 @@ class Engine:
         self.domains = [(domain_key(d.name), list(islice(of_shards, len(d.shards)))) for d in manifest.domains]
         self.windows = np.array([sum(s["windows"] for s in of) for _, of in self.domains], dtype=np.int64)
         _check_windows(manifest, seq_len, self.windows)
-        self._cache = None if manifest.is_ready else _open_cache(cache_dir, cache_bytes)
+        self._cache = None if manifest.is_ready else open_cache(cache_dir, cache_bytes)
         self._tables = [] if self._cache is None else _fetch_tables(self._cache, known)
         self.limits = rules.limits(manifest.names, self.windows)
         self._plan = {"seed": seed, "rows": layout.global_batch, "limits": self.limits, **rules.plan_for_core()}
@@ -101,11 +100,6 @@ class Engine:
                 self._cache.release(path)
             self._cache.close()
         self.core.close()
-
-
-def _open_cache(cache_dir: str | Path | None, cache_bytes: int | None) -> ShardCache:
-    folder = cache_folder(cache_dir) / "shards"
-    return ShardCache(folder) if cache_bytes is None else ShardCache(folder, cache_bytes)
 
 
 def _fetch_tables(cache: ShardCache, shards: list[dict[str, Any]]) -> list[str]:

@@ -126,7 +126,7 @@ def test_a_file_larger_than_the_limit_is_refused(make, sources):
 
 
 def test_options_and_folder_are_checked(tmp_path, monkeypatch):
-    for options in ({"limit_bytes": 0}, {"workers": 0}):
+    for options in ({"limit_bytes": 0}, {"workers": 0}, {"limit_bytes": "1GB"}, {"limit_bytes": 1.5}):
         with pytest.raises(ConfigError, match="at least 1"):
             ShardCache(tmp_path, **options)
     (tmp_path / "file").write_bytes(b"")
