@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,6 +310,8 @@ class _Locks:
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._end = weakref.finalize(self, os.close, self._descriptor)  # also of a cache that is dropped
+        self._end.atexit = False
 
     def shared(self, name: str) -> bool:
         """Lock for use, also from exclusive; False if another process has it exclusively."""
@@ -319,7 +322,7 @@ class _Locks:
         return self._try(fcntl.F_WRLCK, _byte(name))
 
     def release(self, name: str) -> None:
-        if self._descriptor >= 0:
+        if self._end.alive:
             self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _byte(name))
 
     @contextlib.contextmanager
@@ -331,9 +334,8 @@ class _Locks:
             self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _LEDGER)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._end()
+        self._descriptor = -1
 
     def _try(self, kind: int, byte: int) -> bool:
         try:
