@@ -412,6 +412,8 @@ def _failure(url: str, error: Exception, attempts: int) -> ShardError:
         return ShardError(f"{url} does not exist; check the path, or upload it again")
     if isinstance(error, PermissionError):
         return ShardError(f"access to {url} was refused ({error}); check the credentials that fsspec finds")
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what fsspec called "not found": a refused connection, for instance
     tries = "" if attempts == 1 else f", {attempts} times in a row"
     what = str(error) or type(error).__name__
     return ShardError(f"cannot read {url}: {what}{tries}; check the network and the server")

@@ -16,7 +16,7 @@ from s3 import s3_server
 
 from mixloader import MixLoader, _core, remote
 from mixloader.cache import ShardCache
-from mixloader.errors import ShardError
+from mixloader.errors import ManifestError, ShardError
 from mixloader.fetcher import Fetcher
 from mixloader.manifest import Manifest
 from mixloader.mixture import quantize
@@ -139,7 +139,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_stream(s3, data, open_stre
     for i in range(140):
         np.testing.assert_array_equal(stream.next(), expected[i])
         folder = stream.cache.folder
-        held = sum(path.stat().st_size for path in list(folder.glob("*.bin*")) if path.exists())
+        held = sum(path.stat().st_size for path in list(folder.glob("[!.]*.bin*")) if path.exists())
         assert held <= 60_000
 
 
@@ -220,6 +220,14 @@ def test_a_shard_withdrawn_and_removed_at_any_moment_is_no_error(tmp_path, data)
         over.set()
         thread.join()
         core.close()
+
+
+def test_the_url_of_a_folder_stands_for_its_shards(tmp_path, data):
+    with pytest.raises(ManifestError, match=r"folder file://.*/ of domain 'web' holds no token shards"):
+        Manifest.open({"web": f"file://{tmp_path}/data/"})
+    (tmp_path / "data" / "web" / "notes.txt").write_text("no shard")
+    found = Manifest.open({"web": f"file://{tmp_path}/data/web/"}).domain("web").shards
+    assert [shard.path for shard in found] == [f"file://{path}" for path in data["web"]]
 
 
 def locks_held(folder: Path) -> int:
