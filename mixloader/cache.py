@@ -1,6 +1,7 @@
 """A bounded folder of fetched shards that the processes of one machine share, whichever of them dies when.
 
-An entry is one file, whole and checked: it is written under its name with `.part`, then renamed. Each name stands for
+An entry is one file, whole and checked: it is written under its name with `.part`, then renamed; its SHA-256 stands in
+a file beside it, `.NAME.sum`. Each name stands for
 one byte of the file `locks`: shared while an entry is in use, exclusive while it is written or removed. The locks are
 the kernel's (of open file descriptions), so those of a killed process are gone with it, and a `.part` that nobody has
 locked is a dead writer's and is removed. Byte 0 is held while the folder is counted. The folder is on a local disk.
@@ -13,24 +14,30 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import struct
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mixloader import remote
 from mixloader.errors import ConfigError, ShardError
 from mixloader.files import cache_folder
+from mixloader.formats import Shard
 from mixloader.remote import Cancelled
 
 DEFAULT_LIMIT = 64 << 30  # bytes
 _POLL_S = 0.02  # between two looks at a lock that another process holds
+_DAMAGED_S = 60.0  # a damaged copy that another process uses is waited for so long
+_BUSY_S = 0.3  # room is waited for so long before the limit yields
+_BLOCK = 1 << 20  # bytes read at a time
 _LEDGER = 0
 _PART = ".part"
 
@@ -53,9 +60,10 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path | None = None, limit_bytes: int = DEFAULT_LIMIT, workers: int = 4):
-        if limit_bytes < 1 or workers < 1:
+        if not all(isinstance(n, (int, float)) and n == n // 1 >= 1 for n in (limit_bytes, workers)):
             raise ConfigError(
-                f"a shard cache needs limit_bytes and workers of at least 1, not {limit_bytes}, {workers}"
+                f"a shard cache needs limit_bytes (cache_bytes of a loader) and workers, integers of at least 1, "
+                f"not {limit_bytes!r} and {workers!r}"
             )
         self.folder = Path(folder) if folder is not None else cache_folder() / "shards"
         self.limit_bytes, self.workers = int(limit_bytes), int(workers)
@@ -67,6 +75,8 @@ class ShardCache:
         self._changed = threading.Condition()
         self._turns: set[str] = set()  # names that a thread of this process is at
         self._uses: Counter[str] = Counter()  # of entries by this process; each has a shared lock
+        self._versions: dict[str, str] = {}  # of files without a digest, by URL, as they were first asked for
+        self._checked: set[str] = set()  # names of entries that were written here or compared with their SHA-256
         with self._counting():
             self._count()  # removes what dead writers left
 
@@ -86,32 +96,31 @@ class ShardCache:
         digest, bytes, stored_bytes: see remote.fetch. ahead: raises NotNowError rather than wait for another
         process or exceed the limit. Raises ShardError if it cannot be fetched, Cancelled once `cancel` is set.
         """
+        known: dict[str, Any]
         known = {"compression": compression, "digest": digest, "bytes": bytes, "stored_bytes": stored_bytes}
-        name, cancel = _entry_name(url, known), cancel or threading.Event()
-        path = self.folder / name
-        with self._turn(name, cancel):
-            if not self._uses[name]:
-                while not self._held(path, bytes):
-                    if self._locks.exclusive(name):
-                        try:
-                            if not _is_whole(path, bytes):
-                                self._write(path, url, known, ahead, cancel)
-                        except BaseException:
-                            self._locks.release(name)
-                            raise
-                        self._locks.shared(name)
-                        break
-                    if ahead:
-                        raise NotNowError(url, full=False)
-                    if cancel.wait(_POLL_S):
-                        raise Cancelled(url)
+        cancel = cancel or threading.Event()
+        if digest is None and url not in self._versions:
+            self._versions[url] = remote.version(url, cancel)
+        version = None if digest is not None else self._versions[url]
+        path = self.folder / _entry_name(url, known, version)
+        with self._turn(path.name, cancel):
+            if not self._uses[path.name]:
+                self._take(path, url, known | {"version": version}, ahead, cancel)
                 _touch(path)
-            self._uses[name] += 1
+            self._uses[path.name] += 1
         return str(path)
 
     def has(self, url: str, **known: Any) -> bool:
-        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch."""
-        return _is_whole(self.folder / _entry_name(url, known), known.get("bytes"))
+        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch.
+
+        Where nobody has asked for the version of the file yet, a copy of any version counts.
+        """
+        version = self._versions.get(url)
+        if known.get("digest") is None and version is None:
+            copies = [path for path in self.folder.glob(_entry_key(url, known) + "*") if path.suffix != _PART]
+        else:
+            copies = [self.folder / _entry_name(url, known, version)]
+        return any(_is_whole(path, known.get("bytes")) for path in copies)
 
     def release(self, path: str) -> None:
         """A fetched file is not needed any more; it stays in the folder until its room is needed."""
@@ -128,13 +137,49 @@ class ShardCache:
         self._locks.close()
         self._uses.clear()
 
-    def _held(self, path: Path, size: int | None) -> bool:
-        """Whether the entry is there, and now locked for use."""
-        if self._locks.shared(path.name):
-            if _is_whole(path, size):
-                return True
-            self._locks.release(path.name)
-        return False
+    def _take(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
+        """Lock an entry for use; what is not there, or is damaged, is written first."""
+        name, size = path.name, known["bytes"]
+        damaged, deadline = 0, math.inf  # the file that was found to be
+        while True:
+            if self._locks.shared(name):
+                if _inode(path) != damaged and self._is_sound(path, size):
+                    return
+                self._locks.release(name)
+                if _inode(path) != damaged:
+                    damaged = _inode(path)
+                    deadline = time.monotonic() + _DAMAGED_S if damaged else math.inf
+                if time.monotonic() > deadline:
+                    raise ShardError(
+                        f"{path}, the cached copy of {url}, is damaged, and another process uses it; remove the file"
+                    )
+            if self._locks.exclusive(name):
+                try:
+                    if _inode(path) == damaged or not self._is_sound(path, size):
+                        self._write(path, url, known, ahead, cancel)
+                except BaseException:
+                    self._locks.release(name)
+                    raise
+                self._locks.shared(name)
+                return
+            if ahead:
+                raise NotNowError(url, full=False)
+            if cancel.wait(_POLL_S):
+                raise Cancelled(url)
+
+    def _is_sound(self, path: Path, size: int | None) -> bool:
+        """Whether an entry is there, whole, and what was written; the last is looked at once."""
+        if not _is_whole(path, size):
+            return False
+        if path.name not in self._checked:
+            try:
+                with path.open("rb") as file:
+                    if _sum_path(path).read_text() != _sha256(file):
+                        return False
+            except (OSError, ValueError):
+                return False
+            self._checked.add(path.name)
+        return True
 
     def _write(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
         """Fetch into `.part`, which has its full size from the start so that others count it, then rename."""
@@ -148,7 +193,9 @@ class ShardCache:
                 file.truncate(written)
                 file.flush()
                 os.fdatasync(file.fileno())
+                _sum_path(path).write_text(_sha256(file))
             part.replace(path)
+            self._checked.add(path.name)
         except OSError as error:
             if isinstance(error, ShardError) or error.errno is None:
                 raise
@@ -162,11 +209,16 @@ class ShardCache:
             raise ShardError(
                 f"{url} has {size} bytes, more than the {self.limit_bytes} of the cache {self.folder}; raise its limit"
             )
-        with self._counting():
-            over = self._make_room(size)
-            if over and ahead:
-                raise NotNowError(url, full=True)
-            os.truncate(descriptor, size)
+        given_up = time.monotonic() + _BUSY_S
+        while True:
+            with self._counting():
+                over = self._make_room(size)
+                if over and ahead:
+                    raise NotNowError(url, full=True)
+                if not over or time.monotonic() > given_up:
+                    os.truncate(descriptor, size)
+                    break
+            time.sleep(_POLL_S)  # another thread may be about to release one
         if over:
             warnings.warn(
                 f"the cache {self.folder} exceeds its limit by {over} bytes because all other shards in it are in use; "
@@ -182,12 +234,15 @@ class ShardCache:
     def _count(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes and last use (ns) of every file; parts of dead writers are removed."""
         sizes, ages = {}, {}
+        names = os.listdir(self.folder)
+        for name in {name[1:-4] for name in names if name.startswith(".")} - set(names):
+            self._remove(name)  # of a copy that somebody removed, only its SHA-256 is left
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # renamed or removed since
                 status = entry.stat()
                 if entry.name.endswith(_PART) and self._remove(entry.name):
                     continue
-                if entry.name != "locks":
+                if entry.name != "locks" and not entry.name.startswith("."):
                     sizes[entry.name], ages[entry.name] = status.st_size, status.st_mtime_ns
         return sizes, ages
 
@@ -213,6 +268,8 @@ class ShardCache:
             if not self._locks.exclusive(name):
                 return False
             (self.folder / file_name).unlink(missing_ok=True)
+            if file_name == name:
+                _sum_path(self.folder / name).unlink(missing_ok=True)
             self._locks.release(name)
             return True
         finally:
@@ -238,11 +295,29 @@ class ShardCache:
             self._changed.notify_all()
 
 
+def open_cache(cache_dir: str | Path | None, cache_bytes: int | None) -> ShardCache:
+    """The cache of shards in what a loader has as cache_dir."""
+    folder = cache_folder(cache_dir) / "shards"
+    return ShardCache(folder) if cache_bytes is None else ShardCache(folder, cache_bytes)
+
+
+def known(shard: Shard) -> dict[str, Any]:
+    """What a cache has to know of a shard besides its path."""
+    return {
+        "compression": shard.compression,
+        "digest": shard.digest,
+        "bytes": shard.bytes,
+        "stored_bytes": shard.stored_bytes,
+    }
+
+
 class _Locks:
     """Locks by name on single bytes of one file; the kernel drops them with the open file description."""
 
     def __init__(self, path: Path):
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._end = weakref.finalize(self, os.close, self._descriptor)  # also of a cache that is dropped
+        self._end.atexit = False
 
     def shared(self, name: str) -> bool:
         """Lock for use, also from exclusive; False if another process has it exclusively."""
@@ -253,7 +328,7 @@ class _Locks:
         return self._try(fcntl.F_WRLCK, _byte(name))
 
     def release(self, name: str) -> None:
-        if self._descriptor >= 0:
+        if self._end.alive:
             self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _byte(name))
 
     @contextlib.contextmanager
@@ -265,9 +340,8 @@ class _Locks:
             self._set(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, _LEDGER)
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._end()
+        self._descriptor = -1
 
     def _try(self, kind: int, byte: int) -> bool:
         try:
@@ -285,11 +359,41 @@ def _byte(name: str) -> int:
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
-def _entry_name(url: str, known: dict[str, Any]) -> str:
-    """A file name that differs for every file and for everything that is known of it; its end is for people."""
+def _entry_key(url: str, known: dict[str, Any]) -> str:
     fields = [url, *(known.get(key) for key in ("compression", "digest", "bytes", "stored_bytes"))]
-    key = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
-    return f"{key}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
+
+
+def _entry_name(url: str, known: dict[str, Any], version: str | None) -> str:
+    """A file name that differs for every file and for everything that is known of it; its end is for people.
+
+    version: of a file without a digest.
+    """
+    if known.get("digest") is not None:
+        version = None
+    stored = hashlib.sha256(str(version).encode()).hexdigest()[:12]
+    return f"{_entry_key(url, known)}-{stored}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+
+
+def _sum_path(path: Path) -> Path:
+    """The file with the SHA-256 of an entry."""
+    return path.with_name(f".{path.name}.sum")
+
+
+def _sha256(file: BinaryIO) -> str:
+    seen = hashlib.sha256()
+    file.seek(0)
+    for block in iter(lambda: file.read(_BLOCK), b""):
+        seen.update(block)
+    return seen.hexdigest()
+
+
+def _inode(path: Path) -> int:
+    """Of an entry; 0 if it is not there."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _touch(path: Path) -> None:

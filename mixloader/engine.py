@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,9 @@ import numpy as np
 
 from mixloader import _core
 from mixloader.batch import BatchFormat
-from mixloader.cache import ShardCache
+from mixloader.cache import ShardCache, open_cache
 from mixloader.errors import ConfigError, ManifestError
 from mixloader.fetcher import Fetcher
-from mixloader.files import cache_folder
 from mixloader.formats import Shard
 from mixloader.formats.source import is_url
 from mixloader.layout import Layout
@@ -63,26 +63,33 @@ class Engine:
         self.domains = [(domain_key(d.name), list(islice(of_shards, len(d.shards)))) for d in manifest.domains]
         self.windows = np.array([sum(s["windows"] for s in of) for _, of in self.domains], dtype=np.int64)
         _check_windows(manifest, seq_len, self.windows)
-        self._cache = None if manifest.is_ready else _open_cache(cache_dir, cache_bytes)
-        self._tables = [] if self._cache is None else _fetch_tables(self._cache, known)
         self.limits = rules.limits(manifest.names, self.windows)
         self._plan = {"seed": seed, "rows": layout.global_batch, "limits": self.limits, **rules.plan_for_core()}
-        self.core = _core.Streamer(
-            domains=self.domains,
-            seq_len=seq_len,
-            vocab_size=vocab_size or 0,
-            eot=eot or 0,
-            seed=seed,
-            mmap=_IO[io],
-            limits=self.limits,
-            units=units,
-            threads=threads,
-            boundaries=rules.boundaries,
-            **rules.plan_for_core(),
-            **format.for_core(),
-            **vars(layout),
-        )
-        self._fetcher = None if self._cache is None else Fetcher(self.core, shards, self._cache)
+        with ExitStack() as opened:
+            cache = None
+            if not manifest.is_ready:
+                cache = open_cache(cache_dir, cache_bytes)
+                opened.callback(cache.close)
+                _fetch_tables(cache, known)
+            self.core = _core.Streamer(
+                domains=self.domains,
+                seq_len=seq_len,
+                vocab_size=vocab_size or 0,
+                eot=eot or 0,
+                seed=seed,
+                mmap=_IO[io],
+                limits=self.limits,
+                units=units,
+                threads=threads,
+                boundaries=rules.boundaries,
+                **rules.plan_for_core(),
+                **format.for_core(),
+                **vars(layout),
+            )
+            opened.callback(self.core.close)
+            if cache is not None:
+                opened.callback(Fetcher(self.core, shards, cache).close)
+            self._opened = opened.pop_all()
 
     def epoch_windows(self, seq_len: int) -> np.ndarray:
         """int64 [D]: rows in one epoch of each domain, if they were of another length."""
@@ -100,28 +107,15 @@ class Engine:
 
     def close(self) -> None:
         """End the threads and let go of the files."""
-        if self._fetcher is not None and self._cache is not None:
-            self._fetcher.close()
-            for path in self._tables:
-                self._cache.release(path)
-            self._cache.close()
-        self.core.close()
+        self._opened.close()
 
 
-def _open_cache(cache_dir: str | Path | None, cache_bytes: int | None) -> ShardCache:
-    folder = cache_folder(cache_dir) / "shards"
-    return ShardCache(folder) if cache_bytes is None else ShardCache(folder, cache_bytes)
-
-
-def _fetch_tables(cache: ShardCache, shards: list[dict[str, Any]]) -> list[str]:
-    """Bring document tables that are files of their own, and say where they are now; returns their paths."""
-    paths = []
+def _fetch_tables(cache: ShardCache, shards: list[dict[str, Any]]) -> None:
+    """Bring document tables that are files of their own, and say where they are now; they stay as long as the cache."""
     for shard in shards:
         table = shard.get("documents")
         if table is not None and table["path"] != shard["name"] and is_url(table["path"]):
-            paths.append(cache.fetch(table["path"]))
-            shard["documents"] = {**table, "path": paths[-1]}
-    return paths
+            shard["documents"] = {**table, "path": cache.fetch(table["path"])}
 
 
 def _rows(

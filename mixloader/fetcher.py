@@ -11,9 +11,9 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from mixloader.cache import NotNowError, ShardCache
+from mixloader.cache import NotNowError, ShardCache, known
 from mixloader.errors import ShardError
 from mixloader.formats import Shard
 from mixloader.remote import Cancelled
@@ -108,9 +108,7 @@ class _Work:
             with self.changed:
                 missing = need.keys() - self.here.keys()
             # What lies in the folder already comes first: in use, it is not removed to make room for the others.
-            present = {
-                shard: self.cache.has(self.shards[shard].path, **_known(self.shards[shard])) for shard in missing
-            }
+            present = {shard: self.cache.has(self.shards[shard].path, **known(self.shards[shard])) for shard in missing}
             with self.changed:
                 self.need = need
                 self.queue = sorted(missing - self.here.keys(), key=lambda shard: (not present[shard], need[shard]))
@@ -153,7 +151,7 @@ class _Work:
     def bring(self, number: int, urgent: bool) -> None:
         shard = self.shards[number]
         try:
-            path = self.cache.fetch(shard.path, **_known(shard), ahead=not urgent, cancel=self.stop)
+            path = self.cache.fetch(shard.path, **known(shard), ahead=not urgent, cancel=self.stop)
         except Cancelled:
             return
         except NotNowError as error:
@@ -198,13 +196,3 @@ class _Work:
         self.core.withdraw(victim)
         self.cache.release(self.here.pop(victim))
         return victim
-
-
-def _known(shard: Shard) -> dict[str, Any]:
-    """What the cache has to know of a shard besides its path."""
-    return {
-        "compression": shard.compression,
-        "digest": shard.digest,
-        "bytes": shard.bytes,
-        "stored_bytes": shard.stored_bytes,
-    }

@@ -266,7 +266,9 @@ class MixLoader(LiveMixture, DataLoaderSurface):
 
     def held_out(self, batch_size: int | None = None, **options: Any) -> HeldOut:
         """The held-out windows as finite batches, the same on every rank; options: of HeldOut."""
-        return HeldOut(self.manifest, self.batch_size if batch_size is None else batch_size, self.seq_len, **options)
+        batch_size = self.batch_size if batch_size is None else batch_size
+        own = {"vocab_size": self.vocab_size, **{key: self._reading[key] for key in ("cache_dir", "cache_bytes")}}
+        return HeldOut(self.manifest, batch_size, self.seq_len, **own | options)
 
     def peek(self) -> tuple[int, dict[str, Any]] | None:
         """The next batch if it is ready, without drawing it: the number of its filling, and its tensors.

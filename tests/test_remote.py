@@ -239,6 +239,15 @@ def test_a_server_that_stays_broken_is_named(s3, monkeypatch):
         fetched(url)
 
 
+def test_a_refused_connection_is_said(monkeypatch):
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed (pip install 'mixloader[remote]')")
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    with pytest.raises(
+        ShardError, match=r"cannot read http://127\.0\.0\.1:1/x\.bin: .*[Cc]onnect.*; check the network"
+    ):
+        remote.size("http://127.0.0.1:1/x.bin")
+
+
 def test_what_is_not_there_is_said_at_once(s3):
     with pytest.raises(ShardError, match=r"s3://data/none\.bin does not exist"):
         fetched(s3.url("none.bin"))

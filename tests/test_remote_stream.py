@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
+import os
 import threading
 import time
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 from corpora import tagged_domains
 from s3 import s3_server
 
-from mixloader import _core, remote
+from mixloader import MixLoader, _core, remote
 from mixloader.cache import ShardCache
-from mixloader.errors import ShardError
+from mixloader.errors import ManifestError, ShardError
 from mixloader.fetcher import Fetcher
 from mixloader.manifest import Manifest
 from mixloader.mixture import quantize
@@ -137,7 +139,7 @@ def test_a_cache_smaller_than_the_data_gives_the_same_stream(s3, data, open_stre
     for i in range(140):
         np.testing.assert_array_equal(stream.next(), expected[i])
         folder = stream.cache.folder
-        held = sum(path.stat().st_size for path in list(folder.glob("*.bin*")) if path.exists())
+        held = sum(path.stat().st_size for path in list(folder.glob("[!.]*.bin*")) if path.exists())
         assert held <= 60_000
 
 
@@ -218,3 +220,31 @@ def test_a_shard_withdrawn_and_removed_at_any_moment_is_no_error(tmp_path, data)
         over.set()
         thread.join()
         core.close()
+
+
+def test_the_url_of_a_folder_stands_for_its_shards(tmp_path, data):
+    with pytest.raises(ManifestError, match=r"folder file://.*/ of domain 'web' holds no token shards"):
+        Manifest.open({"web": f"file://{tmp_path}/data/"})
+    (tmp_path / "data" / "web" / "notes.txt").write_text("no shard")
+    found = Manifest.open({"web": f"file://{tmp_path}/data/web/"}).domain("web").shards
+    assert [shard.path for shard in found] == [f"file://{path}" for path in data["web"]]
+
+
+def locks_held(folder: Path) -> int:
+    """Descriptors of this process in a cache folder."""
+    return sum(os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(folder)) for fd in os.listdir("/proc/self/fd"))
+
+
+def test_a_loader_that_is_dropped_or_cannot_be_opened_lets_go_of_its_cache(tmp_path, data, monkeypatch):
+    url = f"file://{data['web'][0]}"
+    loader = MixLoader({"web": url}, 4, 16, cache_dir=tmp_path / "cache")
+    next(loader)
+    assert locks_held(tmp_path / "cache") > 0
+    del loader
+    gc.collect()
+    assert locks_held(tmp_path / "cache") == 0
+    monkeypatch.setattr("mixloader.engine.Fetcher", None)
+    with pytest.raises(TypeError) as failure:
+        MixLoader({"web": url}, 4, 16, cache_dir=tmp_path / "cache")
+    assert locks_held(tmp_path / "cache") == 0
+    assert failure.tb is not None, "which would have kept it open"

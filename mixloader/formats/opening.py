@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mixloader import remote
 from mixloader.errors import ManifestError, ShardError
 from mixloader.formats.base import WIDTHS, Choice, Format, Shard
 from mixloader.formats.datatrove import DATATROVE
@@ -33,8 +34,9 @@ def open_shards(
     column: str | None = None,
     documents: str | None = None,
 ) -> tuple[Shard, ...]:
-    """Describe the shards at `path`, a file, a folder or a URL of a file, after checking what they say of themselves.
+    """Describe the shards at `path`, a file, a folder or a URL of either (of a folder: ending in /).
 
+    What they say of themselves is checked.
     A folder with an index.json holds what that lists, any other its .bin, .ds and .npy files by name, .zst and
     .gz included. format: a name in FORMATS; by default it is told by name and content.
     dtype: a key of WIDTHS, for files that do not say it; default uint16 (MDS bytes: int64).
@@ -55,6 +57,11 @@ def open_shards(
         files = token_files(path)
         if not files and (lost := _mds_files(path)):
             raise ShardError(f"folder {path} holds {lost[0].name}, but no {INDEX} that lists it; put that beside it")
+        return tuple(shard for file in files for shard in _open(Source(file), format, choice))
+    if is_url(path) and str(path).endswith("/"):
+        if remote.exists(f"{path}{INDEX}"):
+            return _open(Source(f"{path}{INDEX}"), format, choice)
+        files = [file for file in remote.list_files(str(path)) if _bare(file).endswith(SUFFIXES)]
         return tuple(shard for file in files for shard in _open(Source(file), format, choice))
     if not is_url(path) and not os.path.exists(path) and os.path.exists(f"{path}.idx"):
         return _open(Source(f"{path}.idx"), format, choice)  # as Megatron names a data set
