@@ -61,8 +61,8 @@ def open_shards(
     if is_url(path) and str(path).endswith("/"):
         if remote.exists(f"{path}{INDEX}"):
             return _open(Source(f"{path}{INDEX}"), format, choice)
-        files = [file for file in remote.list_files(str(path)) if _bare(file).endswith(SUFFIXES)]
-        return tuple(shard for file in files for shard in _open(Source(file), format, choice))
+        urls = [url for url in remote.list_files(str(path)) if _bare(url).endswith(SUFFIXES)]
+        return tuple(shard for url in urls for shard in _open(Source(url), format, choice))
     if not is_url(path) and not os.path.exists(path) and os.path.exists(f"{path}.idx"):
         return _open(Source(f"{path}.idx"), format, choice)  # as Megatron names a data set
     return _open(Source(os.fspath(path)), format, choice)
