@@ -36,7 +36,6 @@ from mixloader.remote import Cancelled
 DEFAULT_LIMIT = 64 << 30  # bytes
 _POLL_S = 0.02  # between two looks at a lock that another process holds
 _DAMAGED_S = 60.0  # a damaged copy that another process uses is waited for so long
-_BUSY_S = 0.3  # room is waited for so long before the limit yields
 _BLOCK = 1 << 20  # bytes read at a time
 _LEDGER = 0
 _PART = ".part"
@@ -209,16 +208,11 @@ class ShardCache:
             raise ShardError(
                 f"{url} has {size} bytes, more than the {self.limit_bytes} of the cache {self.folder}; raise its limit"
             )
-        given_up = time.monotonic() + _BUSY_S
-        while True:
-            with self._counting():
-                over = self._make_room(size)
-                if over and ahead:
-                    raise NotNowError(url, full=True)
-                if not over or time.monotonic() > given_up:
-                    os.truncate(descriptor, size)
-                    break
-            time.sleep(_POLL_S)  # another thread may be about to release one
+        with self._counting():
+            over = self._make_room(size)
+            if over and ahead:
+                raise NotNowError(url, full=True)
+            os.truncate(descriptor, size)
         if over:
             warnings.warn(
                 f"the cache {self.folder} exceeds its limit by {over} bytes because all other shards in it are in use; "
