@@ -58,10 +58,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(RUN) -m pip install -q -c constraints.txt --no-deps litdata megatron-core
 	touch $@
 
-# Without the constraints on what mosaicml-streaming pins itself.
+# Without the constraints on what mosaicml-streaming pins itself, or what it needs does.
 $(MDS)/.ready: pyproject.toml constraints.txt $(READY)
 	test -x $(MDS)/bin/python || $(PYTHON) -m venv $(MDS)
-	grep -vE "^(numpy|numba|scipy|matplotlib|tokenizers|transformers)==" constraints.txt > $(MDS)/constraints.txt
+	grep -vE "^(numpy|numba|scipy|matplotlib|tokenizers|transformers|fsspec|s3fs|aiobotocore|aiohttp|moto|xxhash|zstandard|torchdata)==" constraints.txt > $(MDS)/constraints.txt
 	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt torch setuptools pybind11
 	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt --no-build-isolation -e ".[mds]" pytest hypothesis zstandard
 	touch $@
