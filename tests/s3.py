@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mixloader import remote
+
 
 @dataclass
 class S3:
@@ -175,6 +177,17 @@ def s3_server() -> Iterator[S3]:
     finally:
         server.kill()
         server.wait()
+
+
+def fresh(server: S3, monkeypatch: pytest.MonkeyPatch, *, part: int) -> S3:
+    """The server without faults or memory, found by fsspec, asked for `part` bytes a request and again soon."""
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "PART", part)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
+    server.requests.clear()
+    server.faults.clear()
+    return server
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from s3 import s3_server
+from s3 import fresh, s3_server
 
 from mixloader import remote
 from mixloader.errors import ShardError
@@ -31,13 +31,7 @@ def server():
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "PART", 16_384)  # several requests a file
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
-    server.requests.clear()
-    server.faults.clear()
-    return server
+    return fresh(server, monkeypatch, part=16_384)  # several requests a file
 
 
 def fetched(url: str, **options) -> bytes:

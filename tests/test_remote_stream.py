@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import tagged_domains
-from s3 import s3_server
+from s3 import fresh, s3_server
 
-from mixloader import MixLoader, _core, remote
+from mixloader import MixLoader, _core
 from mixloader.cache import ShardCache
 from mixloader.errors import ManifestError, ShardError
 from mixloader.fetcher import Fetcher
@@ -36,13 +36,7 @@ def server():
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "PART", 4096)  # several requests a shard
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.02)
-    server.requests.clear()
-    server.faults.clear()
-    return server
+    return fresh(server, monkeypatch, part=4096)  # several requests a shard
 
 
 @pytest.fixture

@@ -167,6 +167,23 @@ def shard_of(source: Source, format: str, dtype: str, offset: int, tokens: int, 
     )
 
 
+def announced_shard(source: Source, format: str, choice: Choice, dtype: str, offset: int, tokens: int) -> Shard:
+    """The Shard of a file whose header says its dtype and number of tokens, which fill it from byte `offset` on.
+
+    Raises ShardError if the file has another size, or the user asked for another dtype.
+    """
+    path = source.path
+    if choice.dtype not in (None, dtype):
+        raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
+    expected = offset + tokens * WIDTHS[dtype]
+    if tokens <= 0 or source.size != expected:
+        raise ShardError(
+            f"shard {path} has {source.size} bytes, but its header announces {tokens} {dtype} tokens, "
+            f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
+        )
+    return shard_of(source, format, dtype, offset, tokens)
+
+
 def read_tokens(shard: Shard, start: int = 0, count: int | None = None) -> np.ndarray:
     """Tokens [start, start + count) of a shard (to its end by default) as a new array of its dtype."""
     count = shard.tokens - start if count is None else count

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Choice, Format, Shard, is_nearly, shard_of
+from mixloader.formats.base import Choice, Format, Shard, announced_shard, is_nearly
 from mixloader.formats.source import Source
 
 LLMC_HEADER = 1024
@@ -35,15 +35,7 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     known_version, dtype = LLMC_MAGIC[magic]
     if version != known_version:
         raise ShardError(f"shard {path} is an llm.c file of version {version}; expected {known_version}")
-    if choice.dtype not in (None, dtype):
-        raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
-    expected = LLMC_HEADER + tokens * WIDTHS[dtype]
-    if tokens <= 0 or source.size != expected:
-        raise ShardError(
-            f"shard {path} has {source.size} bytes, but its header announces {tokens} {dtype} tokens, "
-            f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
-        )
-    return (shard_of(source, "llmc", dtype, LLMC_HEADER, tokens),)
+    return (announced_shard(source, "llmc", choice, dtype, LLMC_HEADER, tokens),)
 
 
 def refuse_damaged_header(source: Source) -> None:

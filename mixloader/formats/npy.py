@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from mixloader.errors import ShardError
-from mixloader.formats.base import WIDTHS, Choice, Format, Shard, is_nearly, shard_of
+from mixloader.formats.base import WIDTHS, Choice, Format, Shard, announced_shard, is_nearly
 from mixloader.formats.nanogpt import raw_tokens
 from mixloader.formats.source import Source
 
@@ -42,16 +42,7 @@ def _open(source: Source, choice: Choice) -> tuple[Shard, ...]:
     if len(text) < length:
         raise ShardError(f"shard {path} ends within its NumPy header; it was truncated")
     dtype, tokens = _parse(path, text)
-    if choice.dtype not in (None, dtype):
-        raise ShardError(f"shard {path} holds {dtype} tokens by its header, but {choice.dtype} was asked for")
-    offset = begin + length
-    expected = offset + tokens * WIDTHS[dtype]
-    if tokens <= 0 or source.size != expected:
-        raise ShardError(
-            f"shard {path} has {source.size} bytes, but its header announces {tokens} {dtype} tokens, "
-            f"{expected} bytes; {'it is empty' if tokens == 0 else 'it was truncated or appended to'}: write it again"
-        )
-    return (shard_of(source, "npy", dtype, offset, tokens),)
+    return (announced_shard(source, "npy", choice, dtype, begin + length, tokens),)
 
 
 def _parse(path: str, text: bytes) -> tuple[str, int]:
