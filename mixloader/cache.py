@@ -33,6 +33,7 @@ from mixloader.remote import Cancelled
 
 DEFAULT_LIMIT = 64 << 30  # bytes
 _POLL_S = 0.02  # between two looks at a lock that another process holds
+_BUSY_S = 0.3  # room is waited for so long before the limit yields
 _LEDGER = 0
 _PART = ".part"
 
@@ -146,7 +147,7 @@ class ShardCache:
         announced = known["bytes"] or known["stored_bytes"] or remote.size(url)
         try:
             with part.open("w+b") as file:
-                self._reserve(file.fileno(), announced, url, ahead)
+                self._reserve(file.fileno(), announced, url, ahead, cancel)
                 written = remote.fetch(url, file, **known, cancel=cancel)
                 file.truncate(written)
                 file.flush()
@@ -160,16 +161,23 @@ class ShardCache:
         finally:
             part.unlink(missing_ok=True)
 
-    def _reserve(self, descriptor: int, size: int, url: str, ahead: bool) -> None:
+    def _reserve(self, descriptor: int, size: int, url: str, ahead: bool, cancel: threading.Event) -> None:
         if size > self.limit_bytes:
             raise ShardError(
                 f"{url} has {size} bytes, more than the {self.limit_bytes} of the cache {self.folder}; raise its limit"
             )
-        with self._counting():
-            over = self._make_room(size)
-            if over and ahead:
-                raise NotNowError(url, full=True)
-            os.truncate(descriptor, size)
+        given_up = time.monotonic() + _BUSY_S
+        while True:
+            with self._counting():
+                over = self._make_room(size)
+                if over and ahead:
+                    raise NotNowError(url, full=True)
+                if not over or time.monotonic() > given_up:
+                    os.truncate(descriptor, size)
+                    break
+            # An entry that another thread is at, perhaps to release it, could not be removed just now.
+            if cancel.wait(_POLL_S):
+                raise Cancelled(url)
         if over:
             warnings.warn(
                 f"the cache {self.folder} exceeds its limit by {over} bytes because all other shards in it are in use; "
