@@ -57,7 +57,12 @@ class Observation:
         observation; loss_std: float64 [D], standard deviation over those tokens, NaN where unknown.
     feedback: what evaluations reported, by name ("source", "target", or a domain's name), each a
         Signal of shape []: a loss in nats a token, lower is better.
-    influence: Signal [D, F] or None: how much reading each domain lowers the loss on each field.
+    influence: Signal [D, F] or None: how much reading each domain lowers the loss on each field, as the inner
+        product of a mean row's gradient with the field's mean gradient; influence_std: float64 [D, F], its
+        standard error; influence_fields: the names of the F fields.
+    gram: Signal [D, D] or None: inner products of the mean row gradients of the domains, the diagonal corrected
+        for the noise of the mean; row_norm_sq: float64 [D] or None, mean squared norm of one row's gradient.
+    excess: Signal [D] or None: mean over tokens of max(0, loss - reference loss), nats.
     """
 
     step: int
@@ -72,3 +77,8 @@ class Observation:
     loss_std: np.ndarray
     feedback: dict[str, Signal] = field(default_factory=dict)
     influence: Signal | None = None
+    influence_std: np.ndarray | None = None
+    influence_fields: tuple[str, ...] = ()
+    gram: Signal | None = None
+    row_norm_sq: np.ndarray | None = None
+    excess: Signal | None = None

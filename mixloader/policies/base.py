@@ -21,7 +21,7 @@ class Policy(Protocol):
     """
 
     needs: frozenset[str]
-    """The signals it cannot do without, among "loss", "feedback", "influence"."""
+    """The signals it cannot do without, among "loss", "feedback", "influence", "excess"."""
 
     def reset(self, domains: DomainTable) -> np.ndarray | None:
         """Begin a run. Returns the weights of the first steps, float64 [D], or None for the prior."""
