@@ -1,15 +1,16 @@
 // The streamer for Python.
+#include <pthread.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <deque>
 #include <tuple>
 
+#include "batch_memory.h"
 #include "bindings.h"
-#include "buffers.h"
 #include "streamer.h"
 
 namespace mixloader {
@@ -46,10 +47,6 @@ std::span<T> writable(const py::object& object, std::size_t bytes) {
 
 std::vector<std::int64_t> to_vector(const Int64Array& array) {
   return {array.data(), array.data() + array.size()};
-}
-
-std::size_t width(TokenType type) {
-  return type == TokenType::kInt64 ? 8 : type == TokenType::kInt32 ? 4 : 2;
 }
 
 py::dict to_dict(const StreamState& state) {
@@ -89,42 +86,34 @@ StreamState from_dict(const py::dict& dict) {
   return state;
 }
 
-// A Streamer, the Python arrays that it writes to, and those that it reads.
-struct Engine {
-  py::object domains;
-  // (owner, arrays...) of what was submitted and not taken, oldest first.
-  std::deque<py::tuple> arrays;
-  Streamer streamer;  // last: its threads are joined before the arrays go
+// What is written to for a batch: a block of ours, or the caller's arrays.
+struct Submitted {
+  BufferPool::Block block;
+  py::object owner, arrays;  // nothing with a block
 };
 
-// Bytes of each buffer of a batch, in the order of submit(); 0: not asked for.
-using BufferSizes = std::array<std::size_t, 5>;
+// A Streamer, and the Python objects that it reads and writes.
+struct Engine {
+  py::object domains;
+  std::deque<Submitted> submitted;  // and not taken, oldest first
+  Streamer streamer;  // last: its threads are joined before the memory goes
+};
 
-BufferSizes buffer_sizes(const Layout& layout, const CorpusOptions& options) {
-  const RowFormat& format = options.format;
-  const std::size_t rows = layout.batch_size;
-  const std::size_t size = rows * options.seq_len;
-  const bool documents = format.boundaries != Boundaries::kNone;
-  return {(size + (format.shared ? rows : 0)) * width(format.inputs),
-          format.shared ? 0 : size * width(format.targets),
-          rows * sizeof(std::int64_t),
-          documents ? size * sizeof(std::int64_t) : 0,
-          documents ? size * sizeof(std::int32_t) : 0};
+py::object to_capsule(OwnedTensor tensor) {
+  if (!tensor) return py::none();
+  // Whoever takes the tensor over renames the capsule.
+  py::capsule capsule(tensor.get(), "dltensor", [](PyObject* self) {
+    if (PyCapsule_IsValid(self, "dltensor") == 0) return;
+    OwnedTensor(
+        static_cast<DLManagedTensor*>(PyCapsule_GetPointer(self, "dltensor")));
+  });
+  tensor.release();
+  return capsule;
 }
 
-std::size_t aligned(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-std::size_t block_size(const BufferSizes& sizes) {
-  std::size_t total = 0;
-  for (const std::size_t size : sizes) total += aligned(size);
-  return total;
-}
-
-py::dtype dtype(TokenType type) {
-  return type == TokenType::kInt64   ? py::dtype::of<std::int64_t>()
-         : type == TokenType::kInt32 ? py::dtype::of<std::int32_t>()
-                                     : py::dtype::of<std::uint16_t>();
-}
+// Goes up in a forked child, where threads and what they hold are gone. Cheaper
+// to ask for than the number of the process.
+std::atomic<unsigned> forks{0};
 
 // Threads of a Python argument: a number, or None for as many as it takes.
 Threads to_threads(std::optional<unsigned> threads) {
@@ -137,11 +126,8 @@ class PyStreamer {
   PyStreamer(const py::object& domains, CorpusOptions options,
              std::uint64_t seed, Shuffle shuffle, PlanRules rules,
              Layout layout, const Int64Array& units, Threads threads)
-      : layout_(layout),
-        options_(options),
-        sizes_(buffer_sizes(layout, options)),
-        pool_(block_size(sizes_)),
-        owner_(::getpid()),
+      : memory_(layout, options),
+        forks_(forks.load()),
         engine_(new Engine{
             domains,
             {},
@@ -152,35 +138,15 @@ class PyStreamer {
   PyStreamer(const PyStreamer&) = delete;
   PyStreamer& operator=(const PyStreamer&) = delete;
 
-  // Arrays for submit(), over one block of memory that goes back to the pool
-  // when the last of them, and of the views of them, dies.
-  py::tuple buffers() {
-    BufferPool::Block block = pool_.take();
-    std::byte* start = block.get();
-    const py::capsule owner(
-        new BufferPool::Block(std::move(block)),
-        [](void* block) { delete static_cast<BufferPool::Block*>(block); });
-    const auto rows = static_cast<py::ssize_t>(layout_.batch_size);
-    const auto length = static_cast<py::ssize_t>(options_.seq_len);
-    const RowFormat& format = options_.format;
-    const std::array<py::dtype, 5> types{
-        dtype(format.inputs), dtype(format.targets),
-        py::dtype::of<std::int64_t>(), py::dtype::of<std::int64_t>(),
-        py::dtype::of<std::int32_t>()};
-    py::tuple result(sizes_.size());
-    for (std::size_t i = 0; i < sizes_.size(); ++i) {
-      if (sizes_[i] == 0) {
-        result[i] = py::none();
-      } else if (i == 2) {
-        result[i] = py::array(types[i], {rows}, start, owner);
-      } else {
-        result[i] = py::array(
-            types[i], {rows, length + (i == 0 && format.shared ? 1 : 0)}, start,
-            owner);
-      }
-      start += aligned(sizes_[i]);
+  // Submits memory of its own until it has `ahead` batches to fill.
+  void supply(std::size_t ahead) {
+    const auto engine = checked();
+    while (engine->submitted.size() < ahead) {
+      BufferPool::Block block = memory_.take();
+      const BatchBuffers buffers = memory_.buffers(block.get());
+      engine->submitted.push_back({std::move(block), {}, {}});
+      engine->streamer.submit(buffers);
     }
-    return result;
   }
 
   // See BatchBuffers; None for what the format does not ask for. `owner` comes
@@ -189,19 +155,21 @@ class PyStreamer {
               const py::object& domains, const py::object& positions,
               const py::object& documents, const py::object& owner) {
     const auto engine = checked();
-    const BatchBuffers buffers{writable_bytes(inputs, sizes_[0]),
-                               writable_bytes(targets, sizes_[1]),
-                               writable<std::int64_t>(domains, sizes_[2]),
-                               writable<std::int64_t>(positions, sizes_[3]),
-                               writable<std::int32_t>(documents, sizes_[4])};
-    engine->arrays.push_back(
-        py::make_tuple(owner, inputs, targets, domains, positions, documents));
+    const auto& sizes = memory_.sizes();
+    const BatchBuffers buffers{writable_bytes(inputs, sizes[0]),
+                               writable_bytes(targets, sizes[1]),
+                               writable<std::int64_t>(domains, sizes[2]),
+                               writable<std::int64_t>(positions, sizes[3]),
+                               writable<std::int32_t>(documents, sizes[4])};
+    engine->submitted.push_back(
+        {nullptr, owner,
+         py::make_tuple(inputs, targets, domains, positions, documents)});
     engine->streamer.submit(buffers);
   }
 
   // (step, micro-batch, version of the weights, whether it was waited for,
-  // number of the fill, batches ready behind it, owner of the buffers), or None
-  // at the stream's end. Without `consume` it is the next batch until take().
+  // number of the fill, batches ready behind it, its tensors), or None at the
+  // stream's end. Without `consume` it is the next batch until take().
   using Drawn = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool,
                            std::uint64_t, std::uint64_t, py::object>;
   // timeout: seconds, 0 for ever.
@@ -227,9 +195,13 @@ class PyStreamer {
       }
     }
     if (batch->end) return std::nullopt;
-    const Drawn drawn{
-        batch->step, batch->micro_batch, batch->weights_version,   waited,
-        batch->fill, batch->ready,       engine->arrays.front()[0]};
+    const Drawn drawn{batch->step,
+                      batch->micro_batch,
+                      batch->weights_version,
+                      waited,
+                      batch->fill,
+                      batch->ready,
+                      tensors(engine->submitted.front())};
     // Refilled meanwhile by another thread: what is there now.
     if (consume && !take(batch->fill)) return next(timeout, true);
     return drawn;
@@ -239,23 +211,22 @@ class PyStreamer {
   bool take(std::uint64_t fill) {
     const auto engine = checked();
     if (!engine->streamer.take(fill)) return false;
-    engine->arrays.pop_front();
+    engine->submitted.pop_front();
     return true;
   }
 
-  std::size_t queued() { return checked()->streamer.queued(); }
+  std::size_t queued() { return checked()->submitted.size(); }
 
   std::pair<std::uint64_t, std::uint64_t> position() {
     return checked()->streamer.position();
   }
 
-  // (number of the fill, owner of the buffers) of the next batch if it is
-  // ready.
+  // (number of the fill, tensors) of the next batch if it is ready.
   std::optional<std::pair<std::uint64_t, py::object>> peek() {
     const auto engine = checked();
     const auto fill = engine->streamer.peek();
     if (!fill) return std::nullopt;
-    return std::pair{*fill, py::object(engine->arrays.front()[0])};
+    return std::pair{*fill, tensors(engine->submitted.front())};
   }
 
   std::uint64_t set_weights(const Int64Array& units,
@@ -344,7 +315,7 @@ class PyStreamer {
   void close() {
     auto engine = std::move(engine_);
     if (!engine) return;
-    if (::getpid() != owner_) {
+    if (forks.load() != forks_) {
       // In a forked child the threads do not exist and cannot be joined; the
       // engine is left as it is, a leak that ends with the child.
       new std::shared_ptr<Engine>(std::move(engine));
@@ -359,12 +330,24 @@ class PyStreamer {
   // under a next() in another.
   std::shared_ptr<Engine> checked() {
     if (!engine_) throw std::runtime_error("the loader is closed");
-    if (::getpid() != owner_) {
+    if (forks.load() != forks_) {
       throw std::runtime_error(
           "this loader was made in another process; after a fork, make a new "
           "one and load_state_dict() into it");
     }
     return engine_;
+  }
+
+  // Of what was filled: capsules (None for what the format does not ask for),
+  // or the owner of the caller's arrays.
+  py::object tensors(const Submitted& submitted) const {
+    if (!submitted.block) return submitted.owner;
+    auto all = memory_.tensors(submitted.block);
+    py::tuple result(all.size());
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      result[i] = to_capsule(std::move(all[i]));
+    }
+    return result;
   }
 
   static Locations& locations(const Engine& engine, std::uint32_t shard) {
@@ -376,17 +359,15 @@ class PyStreamer {
     return all;
   }
 
-  const Layout layout_;
-  const CorpusOptions options_;
-  const BufferSizes sizes_;
-  BufferPool pool_;
-  const pid_t owner_;
+  BatchMemory memory_;
+  const unsigned forks_;
   std::shared_ptr<Engine> engine_;
 };
 
 }  // namespace
 
 void bind_streamer(py::module_& m) {
+  ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
   py::class_<PyStreamer>(m, "Streamer")
       .def(py::init(
                [](const py::object& domains, std::uint64_t seq_len,
@@ -422,7 +403,7 @@ void bind_streamer(py::module_& m) {
            py::arg("stop_at_limit") = false, py::arg("batch_size"),
            py::arg("micro_batches"), py::arg("world_size"), py::arg("rank"),
            py::arg("units"), py::arg("threads"))
-      .def("buffers", &PyStreamer::buffers)
+      .def("supply", &PyStreamer::supply, py::arg("ahead"))
       .def("submit", &PyStreamer::submit, py::arg("inputs"), py::arg("targets"),
            py::arg("domains"), py::arg("positions") = py::none(),
            py::arg("documents") = py::none(), py::arg("owner") = py::none())

@@ -15,8 +15,6 @@
 namespace mixloader {
 namespace {
 
-constexpr std::uint64_t kCacheLine = 64;
-
 // Extents are read together if no more than this lies between them: about what
 // another system call costs.
 constexpr std::uint64_t kGap = 4096;
@@ -219,24 +217,17 @@ void Corpus::read_rows(std::span<const RowRequest> rows,
   Row next = open_row(rows.front());
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const Row row = std::move(next);
-    if (i + 1 < rows.size()) {
-      next = open_row(rows[i + 1]);
-      prefetch(next);
-    }
-    read_row(row, rows[i].buffers, workspace);
+    const bool last = i + 1 == rows.size();
+    if (!last) next = open_row(rows[i + 1]);
+    read_row(row, last ? nullptr : &next, rows[i].buffers, workspace);
   }
 }
 
-// Brings a mapped row into the cache while the row before it is written.
-void Corpus::prefetch(const Row& row) const {
-  if (!row.open.file->is_mapped() || !is_read_in_place(row)) return;
+const std::byte* Corpus::in_place(const Row& row) const {
+  if (!is_read_in_place(row)) return nullptr;
   const Shard& shard = *row.open.shard;
-  const std::uint64_t size = (options_.seq_len + 1) * shard.width;
-  const std::byte* at =
-      row.open.file->at(byte_of(shard, row.place.token), size);
-  for (std::uint64_t i = 0; i < size; i += kCacheLine) {
-    __builtin_prefetch(at + i);
-  }
+  return row.open.file->at(byte_of(shard, row.place.token),
+                           (options_.seq_len + 1) * shard.width);
 }
 
 // Else its tokens are gathered in the workspace first.
@@ -249,22 +240,20 @@ bool Corpus::is_read_in_place(const Row& row) const {
          boundaries != Boundaries::kAtEot;
 }
 
-void Corpus::read_row(const Row& row, const RowBuffers& buffers,
-                      Workspace& workspace) const {
+void Corpus::read_row(const Row& row, const Row* next,
+                      const RowBuffers& buffers, Workspace& workspace) const {
   const Shard& shard = *row.open.shard;
   if (!shard.packing.empty()) return read_packed_row(row, buffers, workspace);
   const std::uint64_t count = options_.seq_len + 1;
   std::uint64_t largest = 0;
-  if (is_read_in_place(row)) {
-    const std::uint64_t offset = byte_of(shard, row.place.token);
-    const std::uint64_t size = count * shard.width;
-    const std::byte* ids = row.open.file->at(offset, size);
-    row.open.file->use(offset, size, [&, ids] {
-      largest = write_ids(ids, shard.width, buffers);
-    });
+  if (const std::byte* ids = in_place(row)) {
+    const std::byte* after = next == nullptr ? nullptr : in_place(*next);
+    row.open.file->use(
+        byte_of(shard, row.place.token), count * shard.width,
+        [&, ids] { largest = write_ids(ids, shard.width, after, buffers); });
   } else {
     read_tokens(row.open, row.place.token, count, workspace);
-    largest = write_ids(workspace.tokens.data(), shard.width, buffers);
+    largest = write_ids(workspace.tokens.data(), shard.width, nullptr, buffers);
   }
   if (largest >= id_end(shard)) {
     read_tokens(row.open, row.place.token, count, workspace);
@@ -346,11 +335,12 @@ void Corpus::read_bytes(const OpenShard& open, std::uint64_t offset,
 }
 
 std::uint64_t Corpus::write_ids(const std::byte* ids, std::size_t width,
+                                const std::byte* next,
                                 const RowBuffers& buffers) const {
   const RowFormat& format = options_.format;
   const Kernels& kernels = kernels_[std::countr_zero(width)];
   const std::uint64_t n = options_.seq_len;
-  if (format.shared) return kernels.inputs(ids, n + 1, buffers.inputs);
+  if (format.shared) return kernels.inputs(ids, n + 1, buffers.inputs, next);
   std::uint64_t largest = 0;
   for (std::uint64_t i = 0; i < n; i += kIdsAtATime) {
     const std::uint64_t some = std::min(kIdsAtATime, n - i);
@@ -358,9 +348,11 @@ std::uint64_t Corpus::write_ids(const std::byte* ids, std::size_t width,
     largest = std::max(
         {largest,
          kernels.inputs(from, some,
-                        buffers.inputs + i * width_of(format.inputs)),
+                        buffers.inputs + i * width_of(format.inputs),
+                        next == nullptr ? nullptr : next + i * width),
          kernels.targets(from + width, some,
-                         buffers.targets + i * width_of(format.targets))});
+                         buffers.targets + i * width_of(format.targets),
+                         nullptr)});
   }
   return largest;
 }

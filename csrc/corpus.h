@@ -123,9 +123,11 @@ class Corpus {
   void read_pieces(const Shard& shard, std::uint32_t number, std::uint64_t row,
                    std::vector<Piece>& pieces) const;
 
-  void prefetch(const Row& row) const;
+  // Where the ids of a mapped row lie, if they are used there.
+  const std::byte* in_place(const Row& row) const;
   bool is_read_in_place(const Row& row) const;
-  void read_row(const Row& row, const RowBuffers& buffers,
+  // `next`: the row that is read after this one, or null.
+  void read_row(const Row& row, const Row* next, const RowBuffers& buffers,
                 Workspace& workspace) const;
   void read_packed_row(const Row& row, const RowBuffers& buffers,
                        Workspace& workspace) const;
@@ -133,8 +135,9 @@ class Corpus {
                    std::uint64_t count, Workspace& workspace) const;
   void read_bytes(const OpenShard& open, std::uint64_t offset,
                   std::span<std::byte> out, Workspace& workspace) const;
-  // Returns the largest id.
+  // Returns the largest id. `next`: see Widen.
   std::uint64_t write_ids(const std::byte* ids, std::size_t width,
+                          const std::byte* next,
                           const RowBuffers& buffers) const;
   void mark_documents(const Row& row, const RowBuffers& buffers,
                       Workspace& workspace) const;

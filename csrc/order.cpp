@@ -129,20 +129,22 @@ WindowOrder::WindowOrder(std::uint64_t seed, std::uint64_t key,
 }
 
 std::uint64_t WindowOrder::window(std::uint64_t draw, Cache& cache) const {
-  const std::uint64_t number = draw / windows();
+  if (const auto last = task(draw, cache))
+    return last->permutation(last->index);
   const std::uint64_t index = draw % windows();
-  switch (shuffle_.kind) {
-    case Shuffle::Kind::kNone:
-      return index;
-    case Shuffle::Kind::kShards:
-      return epoch(number, cache).window(index);
-    case Shuffle::Kind::kWindows:
-      break;
-  }
+  return shuffle_.kind == Shuffle::Kind::kNone
+             ? index
+             : epoch(draw / windows(), cache).window(index);
+}
+
+std::optional<Permutation::Task> WindowOrder::task(std::uint64_t draw,
+                                                   Cache& cache) const {
+  if (shuffle_.kind != Shuffle::Kind::kWindows) return std::nullopt;
+  const std::uint64_t number = draw / windows();
   if (!cache.permutation || cache.permutation->epoch() != number) {
     cache.permutation.emplace(seed_, key_, number, windows());
   }
-  return (*cache.permutation)(index);
+  return Permutation::Task{*cache.permutation, draw % windows()};
 }
 
 std::vector<UpcomingShard> WindowOrder::upcoming(std::uint64_t draw,

@@ -52,6 +52,10 @@ class WindowOrder {
   // The window (counted through the shards) of a draw (counted through the
   // epochs). Thread-safe, with a cache a thread.
   std::uint64_t window(std::uint64_t draw, Cache& cache) const;
+  // The same but for the last step, so that it can be taken for many draws at
+  // once: window(draw) is the index of the task once it was run. nullopt where
+  // there is no such step.
+  std::optional<Permutation::Task> task(std::uint64_t draw, Cache& cache) const;
 
   // Shards that the draws from `draw` on need, each once, `limit` at most, in
   // the order of their first need as far as it is known. kNone and kShards:

@@ -166,12 +166,13 @@ void write_packed_row(std::span<const Piece> pieces, std::uint64_t seq_len,
   for (const Piece& piece : pieces) {
     const std::uint64_t slots = piece.tokens - 1;
     const std::byte* ids = read(piece.token, piece.tokens);
-    check(
-        piece.token,
-        std::max(widen_inputs(ids, slots,
-                              row.inputs + slot * width_of(format.inputs)),
-                 widen_targets(ids + width, slots,
-                               row.targets + slot * width_of(format.targets))));
+    check(piece.token,
+          std::max(widen_inputs(ids, slots,
+                                row.inputs + slot * width_of(format.inputs),
+                                nullptr),
+                   widen_targets(ids + width, slots,
+                                 row.targets + slot * width_of(format.targets),
+                                 nullptr)));
     slot += slots;
     if (slot < seq_len) starts.push_back(slot);
   }

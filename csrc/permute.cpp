@@ -40,20 +40,55 @@ Permutation::Permutation(std::uint64_t seed, std::uint64_t domain_key,
   }
 }
 
-std::uint64_t Permutation::operator()(std::uint64_t index) const {
-  std::uint64_t x = index;
-  do {
-    std::uint64_t left = x / b_;
-    std::uint64_t right = x % b_;
-    for (int round = 0; round < kRounds; round += 2) {
-      left += scale(mix(keys_[round], right), a_);
-      if (left >= a_) left -= a_;
-      right += scale(mix(keys_[round + 1], left), b_);
-      if (right >= b_) right -= b_;
+template <std::size_t kLanes>
+std::array<std::uint64_t, kLanes> Permutation::turn(
+    const std::array<const Permutation*, kLanes>& permutations,
+    std::array<std::uint64_t, kLanes> x) {
+  std::array<std::uint64_t, kLanes> left, right, a, b;
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    a[i] = permutations[i]->a_;
+    b[i] = permutations[i]->b_;
+    left[i] = x[i] / b[i];
+    right[i] = x[i] % b[i];
+  }
+  for (std::size_t round = 0; round < kRounds; round += 2) {
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      left[i] += scale(mix(permutations[i]->keys_[round], right[i]), a[i]);
+      if (left[i] >= a[i]) left[i] -= a[i];
     }
-    x = left * b_ + right;
-  } while (x >= n_);
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      right[i] += scale(mix(permutations[i]->keys_[round + 1], left[i]), b[i]);
+      if (right[i] >= b[i]) right[i] -= b[i];
+    }
+  }
+  for (std::size_t i = 0; i < kLanes; ++i) x[i] = left[i] * b[i] + right[i];
   return x;
+}
+
+std::uint64_t Permutation::operator()(std::uint64_t index) const {
+  do {
+    index = turn<1>({this}, {index})[0];
+  } while (index >= n_);
+  return index;
+}
+
+void Permutation::run(std::span<Task> tasks) {
+  constexpr std::size_t kLanes = 4;
+  while (tasks.size() >= kLanes) {
+    std::array<const Permutation*, kLanes> permutations;
+    std::array<std::uint64_t, kLanes> x;
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      permutations[i] = &tasks[i].permutation;
+      x[i] = tasks[i].index;
+    }
+    x = turn<kLanes>(permutations, x);
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      const Permutation& permutation = tasks[i].permutation;
+      tasks[i].index = x[i] < permutation.n_ ? x[i] : permutation(x[i]);
+    }
+    tasks = tasks.subspan(kLanes);
+  }
+  for (Task& task : tasks) task.index = task.permutation(task.index);
 }
 
 }  // namespace mixloader

@@ -34,20 +34,22 @@ void Streamer::stop() {
   {
     const std::lock_guard lock(mutex_);
     stopped_ = true;
+    work_ready_.ring();
+    batch_ready_.ring();
     threads.swap(threads_);
   }
   corpus_->locations().stop();
-  work_ready_.notify_all();
-  batch_ready_.notify_all();
+  work_ready_.wake_all();
+  batch_ready_.wake_all();
   // The threads are joined here, without the lock.
 }
 
 void Streamer::submit(BatchBuffers buffers) {
   Lock lock(mutex_);
   slots_.emplace_back().buffers = buffers;
-  const bool wake = worth_waking();
+  const bool wake = work_ready_.ring() && worth_waking();
   lock.unlock();
-  if (wake) work_ready_.notify_one();
+  if (wake) work_ready_.wake_one();
 }
 
 std::optional<Batch> Streamer::next(std::chrono::milliseconds timeout) {
@@ -69,7 +71,10 @@ std::optional<Batch> Streamer::next(std::chrono::milliseconds timeout) {
       if (pace_.slow()) add_threads();
       wake_one();
     }
-    if (!help(lock, deadline)) batch_ready_.wait_until(lock, deadline);
+    if (help(lock, deadline)) continue;
+    // What threads are at is a matter of microseconds, unless storage is slow.
+    if (!pace_.ahead() && batch_ready_.watch(lock)) continue;
+    if (!stopped_) batch_ready_.sleep_until(lock, deadline);
   }
   const Slot& slot = slots_.front();
   const auto [step, micro_batch] = timeline_.place(0);
@@ -90,11 +95,6 @@ bool Streamer::take(std::uint64_t fill) {
   slots_.pop_front();
   timeline_.advance();
   return true;
-}
-
-std::size_t Streamer::queued() const {
-  const std::lock_guard lock(mutex_);
-  return slots_.size();
 }
 
 std::pair<std::uint64_t, std::uint64_t> Streamer::position() const {
@@ -187,7 +187,7 @@ bool Streamer::work_on(Slot& slot, std::size_t index, Lock& lock,
       begin_fill(slot, *plan, micro_batch);
     } else if (timeline_.ended(step)) {
       slot.fill = Slot::Fill::kEnd;
-      batch_ready_.notify_all();
+      tell_callers();
     } else if (planning_) {
       return false;
     } else {
@@ -256,7 +256,7 @@ void Streamer::plan_for(Slot& slot, Lock& lock) {
   } else {
     timeline_.finish_plan(std::move(plan));
   }
-  batch_ready_.notify_all();
+  tell_callers();
 }
 
 void Streamer::begin_fill(Slot& slot, const StepPlan& plan,
@@ -317,7 +317,7 @@ void Streamer::finish(Slot& slot, Claim claim, std::exception_ptr error) {
   } else if (!slot.error && slot.written == layout_.batch_size) {
     slot.fill = Slot::Fill::kReady;
   }
-  if (slot.fill != Slot::Fill::kFilling) batch_ready_.notify_all();
+  if (slot.fill != Slot::Fill::kFilling) tell_callers();
 }
 
 // What was filled, or is being filled, for `step` and after is filled anew.
@@ -350,7 +350,6 @@ bool Streamer::unclaimed(const Slot& slot) const {
 // To wake a thread costs the caller more than all else. While storage keeps up
 // it is done for several batches at once.
 bool Streamer::worth_waking() const {
-  if (idle_ == 0) return false;
   const auto work =
       std::count_if(slots_.begin(), slots_.end(),
                     [this](const Slot& slot) { return unclaimed(slot); });
@@ -359,11 +358,16 @@ bool Streamer::worth_waking() const {
 }
 
 void Streamer::wake_one() {
-  if (idle_ == 0) return;
   if (std::any_of(slots_.begin(), slots_.end(),
-                  [this](const Slot& slot) { return unclaimed(slot); })) {
-    work_ready_.notify_one();
+                  [this](const Slot& slot) { return unclaimed(slot); }) &&
+      work_ready_.ring()) {
+    work_ready_.wake_one();
   }
+}
+
+void Streamer::tell_callers() {
+  batch_ready_.ring();
+  batch_ready_.wake_all();
 }
 
 void Streamer::add_threads() {
@@ -379,18 +383,26 @@ void Streamer::add_threads() {
   }
 }
 
+// `briefly`: whether the wait before was so short that the next is worth a
+// watch. A consumer that trains takes milliseconds, and is slept for.
+void Streamer::wait_for_work(Lock& lock, bool& briefly) {
+  constexpr std::chrono::microseconds kBrief{100};
+  const auto begin = Clock::now();
+  if (briefly && work_ready_.watch(lock)) return;
+  if (!stopped_) work_ready_.sleep(lock);
+  briefly = Clock::now() - begin < kBrief;
+}
+
 void Streamer::work() {
   Workspace workspace;
+  bool briefly = false;
   Lock lock(mutex_);
   while (!stopped_) {
     bool worked = false;
     for (std::size_t i = 0; i < slots_.size() && !worked; ++i) {
       worked = work_on(slots_[i], i, lock, workspace);
     }
-    if (worked) continue;
-    ++idle_;
-    work_ready_.wait(lock);
-    --idle_;
+    if (!worked) wait_for_work(lock, briefly);
   }
 }
 
@@ -407,6 +419,31 @@ std::uint32_t Streamer::shard_of(const PlannedRow& row,
          corpus_->locate(row.domain, window).shard;
 }
 
+// workspace.rows = those of the plan from `first` on, without buffers.
+void Streamer::find_windows(const std::vector<PlannedRow>& rows,
+                            std::uint64_t first, std::uint64_t count,
+                            Workspace& workspace) const {
+  workspace.orders.resize(corpus_->domains());
+  workspace.rows.clear();
+  workspace.tasks.clear();
+  for (std::uint64_t i = first; i < first + count; ++i) {
+    const auto [domain, draw] = rows[i];
+    auto& cache = workspace.orders[domain];
+    if (auto task = orders_[domain].task(draw, cache)) {
+      workspace.tasks.push_back(*task);
+      workspace.rows.push_back({domain, 0, {}});
+    } else {
+      workspace.rows.push_back(
+          {domain, orders_[domain].window(draw, cache), {}});
+    }
+  }
+  Permutation::run(workspace.tasks);
+  // All orders shuffle alike: there is a task for each row, or for none.
+  for (std::size_t i = 0; i < workspace.tasks.size(); ++i) {
+    workspace.rows[i].window = workspace.tasks[i].index;
+  }
+}
+
 void Streamer::write_rows(const std::vector<PlannedRow>& rows,
                           std::uint64_t first, Claim claim,
                           const BatchBuffers& buffers,
@@ -415,15 +452,12 @@ void Streamer::write_rows(const std::vector<PlannedRow>& rows,
   const auto part = [rows_here](auto span, std::uint64_t i) {
     return span.empty() ? nullptr : span.data() + i * (span.size() / rows_here);
   };
-  workspace.rows.clear();
+  find_windows(rows, first + claim.first, claim.count, workspace);
   for (std::uint64_t i = claim.first; i < claim.first + claim.count; ++i) {
-    const PlannedRow& row = rows[first + i];
-    workspace.rows.push_back(
-        {row.domain,
-         window_of(row, workspace),
-         {part(buffers.inputs, i), part(buffers.targets, i),
-          part(buffers.positions, i), part(buffers.documents, i)}});
-    buffers.domains[i] = row.domain;
+    RowRequest& request = workspace.rows[i - claim.first];
+    request.buffers = {part(buffers.inputs, i), part(buffers.targets, i),
+                       part(buffers.positions, i), part(buffers.documents, i)};
+    buffers.domains[i] = request.domain;
   }
   corpus_->read_rows(workspace.rows, workspace.corpus);
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "bell.h"
 #include "corpus.h"
 #include "order.h"
 #include "pace.h"
@@ -82,9 +82,6 @@ class Streamer {
   // the number of their fill; says whether it is.
   bool take(std::uint64_t fill);
 
-  // Buffers that were submitted and not given up.
-  std::size_t queued() const;
-
   // The next batch: its step, and its micro-batch.
   std::pair<std::uint64_t, std::uint64_t> position() const;
 
@@ -119,7 +116,7 @@ class Streamer {
   void stop();
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Clock = Bell::Clock;
 
   // Buffers, and how far they are filled. Rows are claimed in order, some at a
   // time, by whichever threads are free.
@@ -142,13 +139,14 @@ class Streamer {
   struct Workspace {
     std::vector<WindowOrder::Cache> orders;
     std::vector<RowRequest> rows;
+    std::vector<Permutation::Task> tasks;
     Corpus::Workspace corpus;
   };
   struct Claim {
     std::uint64_t first;
     std::uint64_t count;
   };
-  using Lock = std::unique_lock<std::mutex>;
+  using Lock = Bell::Lock;
 
   // All below are called with the lock held; those that take it let go of it
   // while they plan, read or wait.
@@ -165,12 +163,16 @@ class Streamer {
   bool unclaimed(const Slot& slot) const;
   bool worth_waking() const;
   void wake_one();
+  void tell_callers();
+  void wait_for_work(Lock& lock, bool& briefly);
   void add_threads();
   void work();
 
   // Without the lock.
   std::uint64_t window_of(const PlannedRow& row, Workspace& workspace) const;
   std::uint32_t shard_of(const PlannedRow& row, Workspace& workspace) const;
+  void find_windows(const std::vector<PlannedRow>& rows, std::uint64_t first,
+                    std::uint64_t count, Workspace& workspace) const;
   void write_rows(const std::vector<PlannedRow>& rows, std::uint64_t first,
                   Claim claim, const BatchBuffers& buffers,
                   Workspace& workspace) const;
@@ -181,10 +183,9 @@ class Streamer {
   std::vector<WindowOrder> orders_;
 
   mutable std::mutex mutex_;
-  std::condition_variable work_ready_;   // for threads_
-  std::condition_variable batch_ready_;  // for callers of next()
+  Bell work_ready_;   // for threads_
+  Bell batch_ready_;  // for callers of next()
   bool stopped_ = false;
-  unsigned idle_ = 0;      // threads that wait for work_ready_
   bool planning_ = false;  // some thread draws the next plan
   bool helping_ = false;   // some caller has caller_workspace_
   std::uint64_t fills_ = 0;

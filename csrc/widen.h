@@ -18,9 +18,10 @@ std::uint64_t capacity_of(TokenType type);
 // Writes n ids to `out`, and returns the largest as it was before (0 if n is
 // 0): those that do not fit come out wrong. All are read as unsigned, so that a
 // negative id is larger than any that its width can hold. Neither side need be
-// aligned.
+// aligned. `next`: ids that will be widened soon, brought into the cache
+// meanwhile; or null.
 using Widen = std::uint64_t (*)(const std::byte* ids, std::size_t n,
-                                std::byte* out);
+                                std::byte* out, const std::byte* next);
 
 // For ids of `width` bytes; the fastest that this machine can run.
 Widen widen_from(std::size_t width, TokenType type);

@@ -122,16 +122,8 @@ class Streamer:
     ) -> None:
         """threads: None leaves their number to the core, which adds some when reads are slow; 0 reads in next()."""
 
-    def buffers(
-        self,
-    ) -> tuple[
-        npt.NDArray[Any],
-        npt.NDArray[Any] | None,
-        npt.NDArray[np.int64],
-        npt.NDArray[np.int64] | None,
-        npt.NDArray[np.int32] | None,
-    ]:
-        """What submit() takes, in recycled memory: it goes back when the last array or view of it dies."""
+    def supply(self, ahead: int) -> None:
+        """Submit recycled memory until there are `ahead` batches to fill; a block goes back with its last tensor."""
 
     def submit(
         self,
@@ -145,7 +137,10 @@ class Streamer:
         """owner comes back with the batch."""
 
     def next(self, timeout: float = 0.0, consume: bool = True) -> tuple[int, int, int, bool, int, int, Any] | None:
-        """(step, micro-batch, weights version, had to wait, fill number, batches ready behind it, owner).
+        """(step, micro-batch, weights version, had to wait, fill number, batches ready behind it, tensors).
+
+        tensors: DLPack capsules, to be taken over once, of inputs and targets [B, T], domain ids [B], positions and
+        documents [B, T], None for what the format does not ask for; or the owner of what was submitted.
 
         None at the end, where no buffers are given up; set_weights, skip and load_state may find more of the stream.
         Without `consume` the batch stays the next one until take(). Raises RuntimeError after `timeout` seconds
@@ -162,7 +157,7 @@ class Streamer:
         """(step, micro-batch) of the next batch."""
 
     def peek(self) -> tuple[int, Any] | None:
-        """(fill number, owner) of the oldest buffers, if they are ready; a new number when they are filled anew."""
+        """(fill number, tensors as of next()) of the next batch if it is ready; filled anew it has a new number."""
 
     def set_weights(self, units: npt.NDArray[np.int64], step: int | None = None) -> int: ...
     def skip(self, n: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from mixloader import _core
 
@@ -18,10 +19,6 @@ _TYPES = {
     torch.int32: _core.TokenType.INT32,
     torch.uint16: _core.TokenType.UINT16,
 }
-
-
-Arrays: TypeAlias = "tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None, np.ndarray | None]"
-"""inputs, targets, domain ids, positions, documents: as the core has them, None for what the format has not."""
 
 
 @dataclass(frozen=True)
@@ -67,48 +64,44 @@ class BatchFormat:
         }
 
 
-class Buffers:
-    """The tensors of one batch, [B, T] but for domain_ids [B]; filled by the core, then the user's for ever.
-
-    arrays: memory of the core, which takes it back when the last tensor over it is gone. None: memory of torch's,
-    page-locked if so asked.
-    """
-
-    def __init__(self, format: BatchFormat, arrays: Arrays | None):
-        if arrays is None:
-            tensors = _allocate(format)
-            arrays = cast(Arrays, tuple(None if tensor is None else tensor.numpy() for tensor in tensors))
-        else:
-            tensors = [None if array is None else torch.from_numpy(array) for array in arrays]
-        self.arrays = arrays
-        self._inputs, self._targets, self._domain_ids, self._positions, self._documents = tensors
-
-    def batch(self) -> dict[str, Any]:
-        """The filled tensors by name."""
-        if self._targets is None:
-            batch: dict[str, Any] = {"input_ids": self._inputs[:, :-1], "targets": self._inputs[:, 1:]}
-        else:
-            batch = {"input_ids": self._inputs, "targets": self._targets}
-        batch["domain_ids"] = self._domain_ids
-        if self._positions is not None:
-            batch |= {"position_ids": self._positions, "document_ids": self._documents}
-            batch |= segments(self._positions)
-        return batch
+Tensors: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]"
+"""inputs, targets [B, T], domain ids [B], positions, documents [B, T]; None for what the format has not."""
 
 
-def _allocate(format: BatchFormat) -> list[Any]:
+def as_tensors(handed: Tensors | tuple[Any, ...]) -> Tensors:
+    """What the core handed over, as tensors: capsules of its own memory, or what was submitted, as it is."""
+    if isinstance(handed[0], torch.Tensor):
+        return cast(Tensors, handed)
+    return cast(Tensors, tuple(None if capsule is None else from_dlpack(capsule) for capsule in handed))
+
+
+def as_batch(tensors: Tensors) -> dict[str, Any]:
+    """The tensors by name."""
+    inputs, targets, domain_ids, positions, documents = tensors
+    batch: dict[str, Any] = {"input_ids": inputs, "targets": targets, "domain_ids": domain_ids}
+    if positions is not None:
+        batch |= {"position_ids": positions, "document_ids": documents}
+        batch |= segments(positions)
+    return batch
+
+
+def submit_pinned(core: _core.Streamer, format: BatchFormat) -> None:
+    """Give the core page-locked memory for one more batch."""
     b, t = format.batch_size, format.seq_len
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=format.pin_memory)
 
-    return [
-        empty(b, t if format.contiguous else t + 1, dtype=format.dtype),
-        empty(b, t, dtype=format.target_dtype) if format.contiguous else None,
+    inputs = empty(b, t if format.contiguous else t + 1, dtype=format.dtype)
+    targets = empty(b, t, dtype=format.target_dtype) if format.contiguous else None
+    others = (
         empty(b, dtype=torch.int64),
         empty(b, t, dtype=torch.int64) if format.documents else None,
         empty(b, t, dtype=torch.int32) if format.documents else None,
-    ]
+    )
+    views = (inputs[:, :-1], inputs[:, 1:]) if targets is None else (inputs, targets)
+    arrays = [cast(Any, None if tensor is None else tensor.numpy()) for tensor in (inputs, targets, *others)]
+    core.submit(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], (*views, *others))
 
 
 def segments(position_ids: torch.Tensor) -> dict[str, Any]:

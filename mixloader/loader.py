@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mixloader.accounting import DomainAccount, accounts
-from mixloader.batch import BatchFormat, Buffers
+from mixloader.batch import BatchFormat, as_batch, as_tensors, submit_pinned
 from mixloader.dataloader import DataLoaderSurface, check_torch_arguments, seed_of
 from mixloader.engine import Engine
 from mixloader.heldout import HeldOut
@@ -168,6 +168,8 @@ class MixLoader(LiveMixture, DataLoaderSurface):
         self._prior: list[int] | None = None  # integer weights that the table has had since domains were added
         self._drawing = threading.RLock()  # two threads that draw get whole batches, each its own
         self._closed_state: dict[str, Any] | None = None
+        self.fill = 0
+        """The number of the filling of the batch drawn last: see peek()."""
         self._owner = os.getpid()  # a forked child has no threads, and locks that nobody releases
         self._open(units)
         self.table = self.manifest.table(as_fractions(units))
@@ -183,20 +185,21 @@ class MixLoader(LiveMixture, DataLoaderSurface):
             if self.max_steps is not None and self._core.position()[0] >= self.max_steps:
                 raise StopIteration
             while True:
-                if not self._core.queued():
+                queued = self._core.queued()
+                if not queued:
                     self._submit(self._depth)
                 drawn = self._core.next(self.timeout, False)
                 if drawn is None:
                     raise StopIteration
-                step, micro_step, version, waited, fill, ready, buffers = drawn
+                step, micro_step, version, waited, fill, ready, tensors = drawn
                 if waited and self._deepens:
                     self._depth = min(self._depth + 1, _MOST_AHEAD)
                 # Some at a time: while half of the batches are ready, nobody needs more work.
-                if ready < self._core.queued() - 1 or 2 * ready < self._depth:
+                if ready < queued - 1 or 2 * ready < self._depth:
                     self._submit(self._depth + 1)
-                batch = buffers.batch()
+                batch = as_batch(as_tensors(tensors))
                 batch["step"], batch["micro_step"], batch["weights_version"] = step, micro_step, version
-                self.fill = fill
+                object.__setattr__(self, "fill", fill)  # not by way of DataLoaderSurface's checks
                 # Last, so that an interrupt before loses nothing. False: other weights came in between.
                 if self._core.take(fill):
                     return batch
@@ -278,7 +281,7 @@ class MixLoader(LiveMixture, DataLoaderSurface):
         """
         with self._drawing:
             ready = self._core.peek()
-            return None if ready is None else (ready[0], ready[1].batch())
+            return None if ready is None else (ready[0], as_batch(as_tensors(ready[1])))
 
     # State
 
@@ -375,7 +378,10 @@ class MixLoader(LiveMixture, DataLoaderSurface):
         return None if self._scheduled is None else self._scheduled.digest
 
     def _submit(self, ahead: int) -> None:
-        """Give the core memory until it has it for `ahead` batches."""
+        """Have the core fill up to `ahead` batches."""
+        if self._schedule is None and not self.format.pin_memory:
+            self._core.supply(ahead)
+            return
         while self._core.queued() < ahead:
             try:
                 self._follow_schedule(self._last_ahead(1))
@@ -383,8 +389,10 @@ class MixLoader(LiveMixture, DataLoaderSurface):
                 if self._core.queued():
                     return  # the schedule fails for a later step: an error when that one comes
                 raise
-            buffers = Buffers(self.format, None if self.format.pin_memory else self._core.buffers())
-            self._core.submit(*buffers.arrays, buffers)
+            if self.format.pin_memory:
+                submit_pinned(self._core, self.format)
+            else:
+                self._core.supply(self._core.queued() + 1)
 
     def _last_ahead(self, more: int = 0) -> int:
         """The plan step of the last batch that the core has memory for, if it gets it for so many more."""

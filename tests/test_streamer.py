@@ -7,10 +7,10 @@ import random
 import signal
 import threading
 import time
-from collections import deque
 
 import numpy as np
 import pytest
+import torch
 from corpora import tagged_domains
 
 from mixloader import _core
@@ -52,21 +52,18 @@ class Stream:
             domains=domains, seq_len=SEQ_LEN, vocab_size=0, batch_size=batch_size, threads=threads,
             units=np.array(units), **options,
         )  # fmt: skip
-        self.queue = deque()
-        for _ in range(depth):
-            self.submit()
+        self.core.supply(depth)
 
     def submit(self):
-        arrays = self.core.buffers()
-        self.core.submit(*arrays)
-        self.queue.append(arrays)
+        self.core.supply(self.core.queued() + 1)
 
     def next(self):
         """(what next() gave, [(domain, position of the first token)]), or None at the end."""
         drawn = self.core.next()
         if drawn is None:
             return None
-        inputs, targets, domains, _, _ = self.queue.popleft()
+        self.tensors = [capsule if capsule is None else torch.from_dlpack(capsule).numpy() for capsule in drawn[6]]
+        inputs, targets, domains, _, _ = self.tensors
         assert np.array_equal(targets, inputs + 1)
         assert np.array_equal(inputs[:, 0] >> 20, domains)
         rows = [(int(first) >> 20, int(first) & 0xFFFFF) for first in inputs[:, 0]]
@@ -399,17 +396,22 @@ def test_ctrl_c_ends_a_wait_for_a_shard(paths, threads):
 
 
 def test_memory_comes_back_when_the_last_view_of_a_batch_dies(paths):
-    with Stream(paths, threads=0, depth=0) as stream:
-        arrays = stream.core.buffers()
-        address = arrays[0].ctypes.data
-        assert all(array.ctypes.data % 64 == 0 for array in arrays if array is not None)
-        view = arrays[1][1:, 2:]
-        del arrays
-        assert stream.core.buffers()[0].ctypes.data != address, "a view is still there"
+    with Stream(paths, threads=0, depth=1) as stream:
+
+        def address(stream=stream):
+            stream.next()
+            assert all(array.ctypes.data % 64 == 0 for array in stream.tensors if array is not None)
+            return stream.tensors[0].ctypes.data
+
+        first = address()
+        view = stream.tensors[1][1:, 2:]
+        for _ in range(40):  # handed over, and not taken
+            stream.core.next()
+            stream.submit()
+        assert first not in {address() for _ in range(9)}, "a view is still there"
         del view
-        addresses = {stream.core.buffers()[0].ctypes.data for _ in range(3)}
-        assert len(addresses) <= 2
-        kept = stream.core.buffers()
+        assert len({address() for _ in range(9)}) <= 3
+        kept = stream.tensors
         kept[0][:] = 7
     del stream
     assert (kept[0] == 7).all()
@@ -419,9 +421,8 @@ def test_a_batch_may_be_kept_for_ever(paths):
     with Stream(paths, threads=2) as stream:
         kept = []
         for _ in range(50):
-            arrays = stream.queue[0]
             stream.next()
-            kept.append((arrays[0], arrays[0].copy()))
+            kept.append((stream.tensors[0], stream.tensors[0].copy()))
     assert all(np.array_equal(held, copy) for held, copy in kept)
 
 
@@ -437,7 +438,7 @@ def test_a_batch_may_be_kept_for_ever(paths):
 )
 def test_buffers_of_the_wrong_shape_are_refused(paths, change, message):
     with Stream(paths, depth=0) as stream:
-        arrays = dict(enumerate(stream.core.buffers()))
+        arrays = dict(enumerate([np.zeros((4, 8), np.int64), np.zeros((4, 8), np.int64), np.zeros(4, np.int64)]))
         with pytest.raises(ValueError, match=message):
             stream.core.submit(*{**arrays, **change}.values())
 
