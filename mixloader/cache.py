@@ -1,6 +1,7 @@
 """A bounded folder of fetched shards that the processes of one machine share, whichever of them dies when.
 
-An entry is one file, whole and checked: it is written under its name with `.part`, then renamed. Each name stands for
+An entry is one file, whole and checked: it is written under its name with `.part`, then renamed; its SHA-256 stands in
+a file beside it, `.NAME.sum`. Each name stands for
 one byte of the file `locks`: shared while an entry is in use, exclusive while it is written or removed. The locks are
 the kernel's (of open file descriptions), so those of a killed process are gone with it, and a `.part` that nobody has
 locked is a dead writer's and is removed. Byte 0 is held while the folder is counted. The folder is on a local disk.
@@ -13,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -23,7 +25,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mixloader import remote
 from mixloader.errors import ConfigError, ShardError
@@ -34,6 +36,8 @@ from mixloader.remote import Cancelled
 DEFAULT_LIMIT = 64 << 30  # bytes
 _POLL_S = 0.02  # between two looks at a lock that another process holds
 _BUSY_S = 0.3  # room is waited for so long before the limit yields
+_DAMAGED_S = 60.0  # a damaged copy that another process uses is waited for so long
+_BLOCK = 1 << 20  # bytes read at a time
 _LEDGER = 0
 _PART = ".part"
 
@@ -71,6 +75,8 @@ class ShardCache:
         self._changed = threading.Condition()
         self._turns: set[str] = set()  # names that a thread of this process is at
         self._uses: Counter[str] = Counter()  # of entries by this process; each has a shared lock
+        self._versions: dict[str, str] = {}  # of files without a digest, by URL, as they were first fetched
+        self._checked: set[str] = set()  # names of entries that were written here or compared with their SHA-256
         with self._counting():
             self._count()  # removes what dead writers left
 
@@ -90,32 +96,31 @@ class ShardCache:
         digest, bytes, stored_bytes: see remote.fetch. ahead: raises NotNowError rather than wait for another
         process or exceed the limit. Raises ShardError if it cannot be fetched, Cancelled once `cancel` is set.
         """
+        known: dict[str, Any]
         known = {"compression": compression, "digest": digest, "bytes": bytes, "stored_bytes": stored_bytes}
-        name, cancel = _entry_name(url, known), cancel or threading.Event()
-        path = self.folder / name
-        with self._turn(name, cancel):
-            if not self._uses[name]:
-                while not self._held(path, bytes):
-                    if self._locks.exclusive(name):
-                        try:
-                            if not _is_whole(path, bytes):
-                                self._write(path, url, known, ahead, cancel)
-                        except BaseException:
-                            self._locks.release(name)
-                            raise
-                        self._locks.shared(name)
-                        break
-                    if ahead:
-                        raise NotNowError(url, full=False)
-                    if cancel.wait(_POLL_S):
-                        raise Cancelled(url)
+        cancel = cancel or threading.Event()
+        version = None if digest is not None else self._versions.get(url) or remote.version(url, cancel)
+        path = self.folder / _entry_name(url, known, version)
+        with self._turn(path.name, cancel):
+            if not self._uses[path.name]:
+                self._take(path, url, known | {"version": version}, ahead, cancel)
                 _touch(path)
-            self._uses[name] += 1
+            self._uses[path.name] += 1
+        if version is not None:
+            self._versions[url] = version
         return str(path)
 
     def has(self, url: str, **known: Any) -> bool:
-        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch."""
-        return _is_whole(self.folder / _entry_name(url, known), known.get("bytes"))
+        """Whether a copy is in the folder, if nobody removes it; `known` as for fetch.
+
+        Where nobody has asked for the version of the file yet, a copy of any version counts.
+        """
+        version = self._versions.get(url)
+        if known.get("digest") is None and version is None:
+            copies = [path for path in self.folder.glob(_entry_key(url, known) + "*") if path.suffix != _PART]
+        else:
+            copies = [self.folder / _entry_name(url, known, version)]
+        return any(_is_whole(path, known.get("bytes")) for path in copies)
 
     def release(self, path: str) -> None:
         """A fetched file is not needed any more; it stays in the folder until its room is needed."""
@@ -132,13 +137,49 @@ class ShardCache:
         self._locks.close()
         self._uses.clear()
 
-    def _held(self, path: Path, size: int | None) -> bool:
-        """Whether the entry is there, and now locked for use."""
-        if self._locks.shared(path.name):
-            if _is_whole(path, size):
-                return True
-            self._locks.release(path.name)
-        return False
+    def _take(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
+        """Lock an entry for use; what is not there, or is damaged, is written first."""
+        name, size = path.name, known["bytes"]
+        damaged, deadline = 0, math.inf  # the file that was found to be
+        while True:
+            if self._locks.shared(name):
+                if _inode(path) != damaged and self._is_sound(path, size):
+                    return
+                self._locks.release(name)
+                if _inode(path) != damaged:
+                    damaged = _inode(path)
+                    deadline = time.monotonic() + _DAMAGED_S if damaged else math.inf
+                if time.monotonic() > deadline:
+                    raise ShardError(
+                        f"{path}, the cached copy of {url}, is damaged, and another process uses it; remove the file"
+                    )
+            if self._locks.exclusive(name):
+                try:
+                    if _inode(path) == damaged or not self._is_sound(path, size):
+                        self._write(path, url, known, ahead, cancel)
+                except BaseException:
+                    self._locks.release(name)
+                    raise
+                self._locks.shared(name)
+                return
+            if ahead:
+                raise NotNowError(url, full=False)
+            if cancel.wait(_POLL_S):
+                raise Cancelled(url)
+
+    def _is_sound(self, path: Path, size: int | None) -> bool:
+        """Whether an entry is there, whole, and what was written; the last is looked at once."""
+        if not _is_whole(path, size):
+            return False
+        if path.name not in self._checked:
+            try:
+                with path.open("rb") as file:
+                    if _sum_path(path).read_text() != _sha256(file):
+                        return False
+            except (OSError, ValueError):
+                return False
+            self._checked.add(path.name)
+        return True
 
     def _write(self, path: Path, url: str, known: dict[str, Any], ahead: bool, cancel: threading.Event) -> None:
         """Fetch into `.part`, which has its full size from the start so that others count it, then rename."""
@@ -152,7 +193,9 @@ class ShardCache:
                 file.truncate(written)
                 file.flush()
                 os.fdatasync(file.fileno())
+                _sum_path(path).write_text(_sha256(file))
             part.replace(path)
+            self._checked.add(path.name)
         except OSError as error:
             if isinstance(error, ShardError) or error.errno is None:
                 raise
@@ -193,12 +236,15 @@ class ShardCache:
     def _count(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes and last use (ns) of every file; parts of dead writers are removed."""
         sizes, ages = {}, {}
+        names = os.listdir(self.folder)
+        for name in {name[1:-4] for name in names if name.startswith(".")} - set(names):
+            self._remove(name)  # of a copy that somebody removed, only its SHA-256 is left
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # renamed or removed since
                 status = entry.stat()
                 if entry.name.endswith(_PART) and self._remove(entry.name):
                     continue
-                if entry.name != "locks":
+                if entry.name != "locks" and not entry.name.startswith("."):
                     sizes[entry.name], ages[entry.name] = status.st_size, status.st_mtime_ns
         return sizes, ages
 
@@ -224,6 +270,8 @@ class ShardCache:
             if not self._locks.exclusive(name):
                 return False
             (self.folder / file_name).unlink(missing_ok=True)
+            if file_name == name:
+                _sum_path(self.folder / name).unlink(missing_ok=True)
             self._locks.release(name)
             return True
         finally:
@@ -313,11 +361,41 @@ def _byte(name: str) -> int:
     return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
-def _entry_name(url: str, known: dict[str, Any]) -> str:
-    """A file name that differs for every file and for everything that is known of it; its end is for people."""
+def _entry_key(url: str, known: dict[str, Any]) -> str:
     fields = [url, *(known.get(key) for key in ("compression", "digest", "bytes", "stored_bytes"))]
-    key = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
-    return f"{key}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]
+
+
+def _entry_name(url: str, known: dict[str, Any], version: str | None) -> str:
+    """A file name that differs for every file and for everything that is known of it; its end is for people.
+
+    version: of a file without a digest.
+    """
+    if known.get("digest") is not None:
+        version = None
+    stored = hashlib.sha256(str(version).encode()).hexdigest()[:12]
+    return f"{_entry_key(url, known)}-{stored}-{re.sub(r'[^A-Za-z0-9._-]', '_', url.rpartition('/')[2])[-80:]}"
+
+
+def _sum_path(path: Path) -> Path:
+    """The file with the SHA-256 of an entry."""
+    return path.with_name(f".{path.name}.sum")
+
+
+def _sha256(file: BinaryIO) -> str:
+    seen = hashlib.sha256()
+    file.seek(0)
+    for block in iter(lambda: file.read(_BLOCK), b""):
+        seen.update(block)
+    return seen.hexdigest()
+
+
+def _inode(path: Path) -> int:
+    """Of an entry; 0 if it is not there."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def _touch(path: Path) -> None:

@@ -91,29 +91,40 @@ class _Work:
     def look(self) -> None:
         next_look = -math.inf
         while not self.stop.wait(0.001):
-            began = time.monotonic()
-            wanted = set(self.core.wanted(_ROUND_MS)) & self.shards.keys()
-            with self.changed:
-                # One that failed meanwhile may have been listed before; whoever asks again is in the next list.
-                self.wanted = {i for i in wanted - self.here.keys() if self.failed.get(i, -math.inf) < began}
-                complete = len(self.here) == len(self.shards)
-                limit = len(self.here) + len(self.under_way) + 4 * self.cache.workers
-                if self.wanted:
-                    self.changed.notify_all()
-            began = time.monotonic()
-            if complete or began < next_look:
-                continue
-            upcoming = self.core.upcoming(limit)
-            need = {shard: rows for rows, shard in reversed(upcoming) if shard in self.shards}
-            with self.changed:
-                missing = need.keys() - self.here.keys()
-            # What lies in the folder already comes first: in use, it is not removed to make room for the others.
-            present = {shard: self.cache.has(self.shards[shard].path, **known(self.shards[shard])) for shard in missing}
-            with self.changed:
-                self.need = need
-                self.queue = sorted(missing - self.here.keys(), key=lambda shard: (not present[shard], need[shard]))
+            wanted: set[int] = set()
+            try:
+                began = time.monotonic()
+                wanted = set(self.core.wanted(_ROUND_MS)) & self.shards.keys()
+                complete, limit = self.note_wanted(wanted, began)
+                began = time.monotonic()
+                if not complete and began >= next_look:
+                    self.look_ahead(limit)
+                    next_look = began + (time.monotonic() - began) / _LOOK_SHARE
+            except Exception as error:  # a reader would wait for ever for a thread that has died of it
+                for shard in wanted:
+                    self.fail(shard, error)
+
+    def note_wanted(self, wanted: set[int], began: float) -> tuple[bool, int]:
+        """Whether all shards are here, and how many the plan is to be asked for."""
+        with self.changed:
+            # One that failed meanwhile may have been listed before; whoever asks again is in the next list.
+            self.wanted = {i for i in wanted - self.here.keys() if self.failed.get(i, -math.inf) < began}
+            if self.wanted:
                 self.changed.notify_all()
-            next_look = began + (time.monotonic() - began) / _LOOK_SHARE
+            limit = len(self.here) + len(self.under_way) + 4 * self.cache.workers
+            return len(self.here) == len(self.shards), limit
+
+    def look_ahead(self, limit: int) -> None:
+        upcoming = self.core.upcoming(limit)
+        need = {shard: rows for rows, shard in reversed(upcoming) if shard in self.shards}
+        with self.changed:
+            missing = need.keys() - self.here.keys()
+        # What lies in the folder already comes first: in use, it is not removed to make room for the others.
+        present = {shard: self.cache.has(self.shards[shard].path, **known(self.shards[shard])) for shard in missing}
+        with self.changed:
+            self.need = need
+            self.queue = sorted(missing - self.here.keys(), key=lambda shard: (not present[shard], need[shard]))
+            self.changed.notify_all()
 
     # Fetching
 
@@ -161,18 +172,23 @@ class _Work:
                     self.withdraw_later_than(number)
             return
         except Exception as error:
-            message = str(error) if isinstance(error, ShardError) else f"cannot fetch {shard.path}: {error!r}"
-            with self.changed:
-                self.failed[number] = time.monotonic()
-                self.not_before[number] = self.failed[number] + _TRY_AGAIN_S
-                if urgent:
-                    self.wanted.discard(number)  # until a reader asks again
-                    self.core.fail(number, message)
+            self.fail(number, error, urgent=urgent)
             return
         with self.changed:
             self.here[number] = path
             self.wanted.discard(number)
             self.core.provide(number, path)
+
+    def fail(self, number: int, error: Exception, *, urgent: bool = True) -> None:
+        """A shard cannot be had for now: an error for the readers that wait for it."""
+        path = self.shards[number].path
+        message = str(error) if isinstance(error, ShardError) else f"cannot fetch {path}: {error!r}"
+        with self.changed:
+            self.failed[number] = time.monotonic()
+            self.not_before[number] = self.failed[number] + _TRY_AGAIN_S
+            if urgent:
+                self.wanted.discard(number)  # until a reader asks again
+                self.core.fail(number, message)
 
     # Room: this process holds no more than the limit; the cache sees to all processes together
 

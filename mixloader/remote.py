@@ -30,6 +30,18 @@ PART = 8 << 20  # bytes of one request
 PARTS_AHEAD = 4  # requests of one file at once, where the protocol allows it
 ATTEMPTS = 6
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 8.0
+_TELLS = (
+    "etag",
+    "generation",
+    "content-md5",
+    "digest",
+    "last-modified",
+    "lastmodified",
+    "last_modified",
+    "mtime",
+    "modified",
+    "created",
+)  # what servers say that differs once a file is replaced, the best first
 STALL_S = 60.0  # a request that takes longer is given up and made again
 _SLICE = 4096  # compressed bytes decompressed at once: a hostile file makes 128 MiB of them at most
 
@@ -52,6 +64,18 @@ def size(url: str) -> int:
     if found is None:
         raise ShardError(f"the server of {url} does not tell its size; expected a Content-Length")
     return found
+
+
+def version(url: str, cancel: threading.Event | None = None) -> str:
+    """What its server says of the file that differs once it is replaced: its size, and an etag or a time."""
+    file = _File(url, cancel)
+    return _version(file.present())
+
+
+def _version(info: dict[str, Any]) -> str:
+    told = {key.lower(): value for key, value in info.items() if value}
+    best = next((key for key in _TELLS if key in told), None)
+    return f"{info['size']} bytes" if best is None else f"{info['size']} bytes, {best} {told[best]}"
 
 
 def list_files(url: str) -> list[str]:
@@ -106,20 +130,28 @@ def fetch(
     digest: str | None = None,
     bytes: int | None = None,
     stored_bytes: int | None = None,
+    version: str | None = None,
     cancel: threading.Event | None = None,
 ) -> int:
     """Copy the whole of `url` to the start of `file`, decompressed; returns the bytes written.
 
     digest: "sha256:<hex>", or another algorithm of hashlib or xxhash, of the file as it is stored. bytes,
-    stored_bytes: its size decompressed and as stored. What is known of the three is checked; a copy that does not
-    agree is made once more before ShardError is raised. Raises Cancelled once `cancel` is set.
+    stored_bytes: its size decompressed and as stored. version: what version() said of it. What is known of the four is
+    checked; a copy that does not agree is made once more before ShardError is raised. Raises Cancelled once `cancel`
+    is set.
     """
     remote = _File(url, cancel)
     if compression is None and stored_bytes is None:
         stored_bytes = bytes
     for last_attempt in (False, True):
         seen = new_hash(digest, url) if digest is not None else None
-        announced = remote.size()
+        info = remote.present()
+        announced = None if info["size"] is None else int(info["size"])
+        if version not in (None, _version(info)):
+            raise ShardError(
+                f"{url} was replaced while it was in use: it had {version}, and has {_version(info)}; restore it, or "
+                "begin the run again"
+            )
         if None not in (announced, stored_bytes) and announced != stored_bytes:
             raise ShardError(
                 f"{url} has {announced} bytes, but {stored_bytes} were expected; it was replaced: restore it, "
@@ -288,14 +320,19 @@ class _File:
         self.filesystem.invalidate_cache()
         return self.tried(lambda: self.wait(self.start("info", self.path)), missing_is_error=False)
 
-    def size(self) -> int | None:
+    def present(self) -> dict[str, Any]:
+        """What its server says of a file that has to be there."""
         try:
             info = self.info()
         except FileNotFoundError as error:
             raise _failure(self.url, error, 1) from error
         if info["type"] != "file":
             raise ShardError(f"{self.url} is a folder; expected a file")
-        return None if info["size"] is None else int(info["size"])
+        return info
+
+    def size(self) -> int | None:
+        size = self.present()["size"]
+        return None if size is None else int(size)
 
     def tried(self, attempt: Callable[[], Any], *, missing_is_error: bool = True) -> Any:
         """The result of `attempt`, made again as long as its failure may pass."""

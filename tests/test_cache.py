@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -51,8 +52,8 @@ def make(tmp_path):
 
 
 def entries(cache: ShardCache) -> list[str]:
-    """The last characters of the names in the folder, but for the locks."""
-    return sorted(name[-11:] for name in os.listdir(cache.folder) if name != "locks")
+    """The last characters of the names in the folder, but for the locks and sums."""
+    return sorted(name[-11:] for name in os.listdir(cache.folder) if name != "locks" and name[0] != ".")
 
 
 def python(program: str, **options) -> subprocess.Popen[str]:
@@ -87,6 +88,60 @@ def test_a_copy_that_was_cut_is_fetched_anew(make, sources):
     cache.release(path)
     os.truncate(path, 100)
     assert Path(cache.fetch(sources[0], bytes=64 * KB)).read_bytes() == CONTENTS[0]
+
+
+def test_a_file_that_was_replaced_by_one_of_its_size_is_fetched_anew(make, sources):
+    old = make()
+    assert Path(old.fetch(sources[0], bytes=64 * KB)).read_bytes() == CONTENTS[0]
+    Path(sources[0][7:]).write_bytes(CONTENTS[1])
+    new = make()
+    assert new.has(sources[0], bytes=64 * KB)  # as far as it knows
+    assert Path(new.fetch(sources[0], bytes=64 * KB)).read_bytes() == CONTENTS[1]
+    new.fetch(sources[2])
+    os.utime(sources[3][7:], (0, 0))
+    assert not new.has(sources[3])
+    old._versions[sources[3]] = new._versions[sources[2]]
+    with pytest.raises(
+        ShardError, match=r"shard_3\.bin was replaced while it was in use: it had 65536 bytes, mtime .*"
+    ):
+        old.fetch(sources[3])
+
+
+@pytest.mark.parametrize("digest", [None, "sha256:" + hashlib.sha256(CONTENTS[0]).hexdigest()])
+def test_a_copy_that_was_damaged_is_fetched_anew(make, sources, monkeypatch, digest):
+    for _ in range(2):
+        cache = make()
+        path = Path(cache.fetch(sources[0], bytes=64 * KB, digest=digest))
+        assert path.read_bytes() == CONTENTS[0]
+        cache.close()
+        path.write_bytes(CONTENTS[0][:-1] + bytes([CONTENTS[0][-1] ^ 1]))
+    user = make()
+    user.fetch(sources[0], bytes=64 * KB, digest=digest)
+    path.write_bytes(CONTENTS[1])
+    monkeypatch.setattr(cache_module, "_DAMAGED_S", 0.1)
+    with pytest.raises(ShardError, match=r", the cached copy of .*, is damaged, and another process uses it; remove"):
+        make().fetch(sources[0], bytes=64 * KB, digest=digest)
+    user.close()
+    (path.parent / f".{path.name}.sum").unlink()
+    assert Path(make().fetch(sources[0], bytes=64 * KB, digest=digest)).read_bytes() == CONTENTS[0]
+
+
+def test_a_copy_is_compared_once_and_its_sum_goes_with_it(make, sources, monkeypatch):
+    first, cache, summed = make(), make(), []
+    path = Path(first.fetch(sources[0]))
+    digest = path.with_name(f".{path.name}.sum")
+    monkeypatch.setattr(cache_module, "_sha256", lambda file: summed.append(file) or digest.read_text())
+    for _ in range(3):
+        cache.fetch(sources[0])
+        cache.release(str(path))
+    assert len(summed) == 1
+    monkeypatch.undo()
+    path.unlink()
+    make()  # in use by the first cache
+    assert digest.exists()
+    first.close()
+    make()
+    assert not digest.exists()
 
 
 def test_what_was_used_longest_ago_makes_room(make, sources):
@@ -186,7 +241,7 @@ def test_the_limit_holds_and_what_is_used_is_whole(tmp_path_factory, sequence):
             in_use = {i: 100 + 50 * i for _, i, _ in uses}
             assert shard not in in_use
             assert sum(in_use.values()) + 100 + 50 * shard > 1000
-        assert sum(os.path.getsize(folder / "cache" / name) for name in os.listdir(folder / "cache")) <= 1000
+        assert sum(path.stat().st_size for path in (folder / "cache").iterdir() if path.name[0] != ".") <= 1000
         assert all(Path(path).read_bytes() == CONTENTS[i][: 100 + 50 * i] for _, i, path in uses)
     for cache in caches:
         cache.close()
@@ -231,7 +286,7 @@ def test_ranks_of_one_machine_share_their_folders(tmp_path):
         assert len(set(lines)) == 8  # each name has one content
         assert sorted(read for read in s3.reads() if "large" in read) == [f"/data/large/{name}" for name in urls]
         for folder, kept in (("large", 8), ("small", 4)):
-            contents = [path.read_bytes() for path in (tmp_path / folder).iterdir() if path.name != "locks"]
+            contents = [path.read_bytes() for path in (tmp_path / folder).glob("*.bin")]
             assert len(contents) == kept
             assert all(content in CONTENTS for content in contents)
 
@@ -306,9 +361,10 @@ def test_a_wait_for_another_process_is_given_up(make, sources, monkeypatch):
 
 def test_names_of_entries_tell_files_apart():
     names = {
-        cache_module._entry_name(url, known)
+        cache_module._entry_name(url, known, version)
         for url in ("s3://a/x.bin", "s3://b/x.bin", "s3://a/../x y")
         for known in ({}, {"bytes": 1}, {"bytes": 2}, {"digest": "md5:0"}, {"compression": "zstd"}, {"stored_bytes": 1})
+        for version in (None, "1 bytes, etag x")
     }
-    assert len(names) == 18
+    assert len(names) == 33  # with a digest the version does not count
     assert all("/" not in name and not name.startswith(".") for name in names)

@@ -256,3 +256,19 @@ def test_two_ranks_with_room_for_less_than_both_hold_make_progress(start):
     for row in range(30):
         for rank, order in zip(ranks, orders, strict=True):
             assert rank.read() == CONTENTS[order[row]]
+
+
+def test_an_error_while_the_plan_is_looked_at_reaches_the_readers_and_ends_nothing(start, monkeypatch):
+    released, fetch = threading.Event(), ShardCache.fetch
+
+    def broken(*_, **__):
+        raise OSError("the folder is gone")
+
+    monkeypatch.setattr(ShardCache, "has", broken)
+    monkeypatch.setattr(ShardCache, "fetch", lambda *args, **known: released.wait(20) and fetch(*args, **known))
+    core = start([0])
+    with pytest.raises(ShardError, match="the folder is gone"):
+        core.read()
+    monkeypatch.undo()
+    released.set()
+    assert core.read() == CONTENTS[0]
