@@ -144,6 +144,11 @@ class Manifest:
                 f"the data are {data!r:.100}; expected a manifest, its path, a folder, or a mapping from "
                 'the name of each domain to its paths, such as {"text": paths}'
             )
+        if is_url(str(data)):
+            raise ManifestError(
+                f"{data} is a URL; a manifest is a file on this machine, whose shards may have URLs: copy it here and "
+                f'give roots=[their folder], or name the domain of a file or folder of shards: {{"name": {str(data)!r}}}'
+            )
         path = Path(data)
         if path.is_dir():
             path = path / "manifest.json"

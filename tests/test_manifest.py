@@ -395,6 +395,7 @@ def test_shards_beside_folders_of_shards_are_not_ignored(tmp_path):
         ({"a": {"path": "a.bin", "format": ["npy"]}}, r"format of domain 'a' is \['npy'\]; expected a string or none"),
         ({"a": "values.bin"}, 'the name of .*values.bin has "val" in it, which holds a shard out; rename'),
         ("a.bin", r'a\.bin holds tokens and is no manifest; name its domain: {"name": .a\.bin.}'),
+        ("s3://bucket/manifest.json", r"s3://bucket/manifest.json is a URL; a manifest is a file on this machine"),
     ],
 )
 def test_what_is_no_data_is_refused_with_a_sentence(tmp_path, monkeypatch, data, message):
