@@ -147,7 +147,7 @@ class Manifest:
         if is_url(str(data)):
             raise ManifestError(
                 f"{data} is a URL; a manifest is a file on this machine, whose shards may have URLs: copy it here and "
-                f'give roots=[their folder], or name the domain of a file or folder of shards: {{"name": {str(data)!r}}}'
+                f'give roots=[their folder], or name the domain of a folder of tokens: {{"name": {str(data)!r}}}'
             )
         path = Path(data)
         if path.is_dir():
