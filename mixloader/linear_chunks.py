@@ -127,9 +127,9 @@ class Gradients:
 
 def chunk_rows(n: int, row_bytes: int, chunk_bytes: int) -> int:
     """Rows of a chunk: as few chunks as the bytes allow, of nearly the same size."""
+    n = max(1, n)
     most = max(1, min(n, chunk_bytes // row_bytes))
-    n_chunks = max(1, -(-n // most))
-    rows = -(-n // n_chunks)
+    rows = -(-n // -(-n // most))
     return min(most, -(-rows // _ROWS) * _ROWS)
 
 

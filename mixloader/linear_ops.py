@@ -13,8 +13,15 @@ from typing import Any
 import torch
 
 from mixloader import loss_path
-from mixloader.linear_chunks import Gradients, Head, Needed, gradients_of, losses_and_gradients, losses_of
-from mixloader.linear_chunks import unwritten_logits as unwritten
+from mixloader.linear_chunks import (
+    Gradients,
+    Head,
+    Needed,
+    gradients_of,
+    losses_and_gradients,
+    losses_of,
+    unwritten_logits,
+)
 from mixloader.loss_ops import INPUTS, OPTIONS, counted_once, graph_is_kept, once, reduced, scale_of
 from mixloader.loss_path import LossInputs, LossOptions, loss_dtype
 
@@ -125,12 +132,11 @@ def _returned(gradients: Sequence[torch.Tensor], needed: Sequence[bool]) -> tupl
 
 def _parsed(arguments: Sequence[Any]) -> tuple[Head, LossInputs, LossOptions]:
     """The arguments of any of the operators. What of the head is of another dtype than the logits is copied."""
-    dtype, chunk_bytes = arguments[len(_ARGUMENTS) - 2 : len(_ARGUMENTS)]
-    hidden, weight, bias = (x if x is None else x.to(dtype) for x in arguments[: len(_HEAD)])
-    logits = unwritten(hidden.shape[:1], weight.shape[0], dtype, hidden.device)
-    inputs = LossInputs(logits, *arguments[len(_HEAD) : len(_TENSORS)])
-    options = LossOptions(*arguments[len(_TENSORS) : len(_ARGUMENTS) - 2])
-    return Head(hidden, weight, bias, chunk_bytes), inputs, options
+    hidden, weight, bias = arguments[: len(_HEAD)]
+    *options, dtype, chunk_bytes = arguments[len(_TENSORS) : len(_ARGUMENTS)]
+    head = Head(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), chunk_bytes)
+    logits = unwritten_logits(hidden.shape[:1], weight.shape[0], dtype, hidden.device)
+    return head, LossInputs(logits, *arguments[len(_HEAD) : len(_TENSORS)]), LossOptions(*options)
 
 
 def _token_losses(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
