@@ -140,6 +140,8 @@ def _chunks(head: Head, inputs: LossInputs) -> Iterator[tuple[slice, LossInputs]
     step = chunk_rows(n, width * head.hidden.element_size(), head.chunk_bytes)
     buffer = head.hidden.new_empty(step, width)[:, :n_classes]
     domains = inputs.token_domains()
+    if domains is not None:
+        domains = domains.contiguous()  # which the one id of a batch of one row is not
     for start in range(0, max(n, 1), step):
         rows = slice(start, min(start + step, n))
         logits = buffer[: rows.stop - start]

@@ -138,6 +138,13 @@ def test_gradcheck_in_float64(reduction):
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
+def test_the_domain_of_a_batch_of_one_row_is_that_of_all_its_tokens(device):
+    hidden, weight, _ = head_of(9, torch.float32, device, rows=1, tokens=70)
+    targets, stats = torch.zeros(1, 70, dtype=torch.int64, device=device), DomainStats(3, device)
+    linear_domain_cross_entropy(hidden, weight, targets, targets[:, 0] + 2, stats=stats)
+    assert stats.buffer[:, 0].tolist() == [0, 0, 70, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_losses_and_sums_are_bitwise_the_same_in_chunks_of_any_size_and_from_whole_logits(
