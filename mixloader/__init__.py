@@ -11,6 +11,7 @@ for batch in loader:
 
 from importlib.metadata import version as _version
 
+from mixloader.linear_loss import LinearDomainCrossEntropy, linear_domain_cross_entropy
 from mixloader.loader import MixLoader
 from mixloader.loss import DomainCrossEntropy, domain_cross_entropy
 from mixloader.manifest import Manifest
@@ -26,6 +27,7 @@ __version__ = _version("mixloader")
 __all__ = [
     "DomainCrossEntropy",
     "DomainStats",
+    "LinearDomainCrossEntropy",
     "Manifest",
     "MixLoader",
     "Mixer",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "domain_cross_entropy",
     "grouped",
+    "linear_domain_cross_entropy",
     "read_record",
     "replay",
 ]

@@ -15,26 +15,36 @@ from mixloader import loss_path
 from mixloader.loss_path import LossInputs, LossOptions
 from mixloader.stats import recomputing
 
-ONCE = (
-    "the gradient of domain_cross_entropy cannot be differentiated again: the loss was made for first-order training. "
-    "Use torch.nn.functional.cross_entropy where second derivatives are needed"
+_ONCE = (
+    "the gradient of domain_cross_entropy or linear_domain_cross_entropy cannot be differentiated again: these losses "
+    "were made for first-order training. Use torch.nn.functional.cross_entropy where second derivatives are needed"
 )
 _N_INPUTS, _N_OPTIONS = len(LossInputs._fields), len(LossOptions._fields)
 
 _KINDS = {bool: "bool", int: "int", float: "float"}
-_INPUTS = ", ".join(f"Tensor{'?' * (name in LossInputs._field_defaults)} {name}" for name in LossInputs._fields)
-_OPTIONS = ", ".join(f"{_KINDS[type(value)]} {name}" for name, value in LossOptions._field_defaults.items())
+INPUTS = [f"Tensor{'?' * (name in LossInputs._field_defaults)} {name}" for name in LossInputs._fields]
+OPTIONS = [f"{_KINDS[type(value)]} {name}" for name, value in LossOptions._field_defaults.items()]
+"""Of LossInputs and LossOptions, what stands in the schema of an operator that takes them."""
+_ARGUMENTS = ", ".join([*INPUTS, *OPTIONS])
 _library = torch.library.Library("mixloader", "DEF")
-_library.define(
-    f"token_losses({_INPUTS}, {_OPTIONS}, Tensor(a!)? sums, bool in_place) -> (Tensor losses, Tensor saved)"
-)
-_library.define(f"token_gradient({_INPUTS}, {_OPTIONS}, Tensor saved, Tensor scale) -> Tensor")
+_library.define(f"token_losses({_ARGUMENTS}, Tensor(a!)? sums, bool in_place) -> (Tensor losses, Tensor saved)")
+_library.define(f"token_gradient({_ARGUMENTS}, Tensor saved, Tensor scale) -> Tensor")
 
 
 def token_losses(inputs: LossInputs, options: LossOptions, sums: torch.Tensor | None, in_place: bool) -> torch.Tensor:
     """Losses [N]. The gradient is computed in the backward pass, exact for any upstream gradient and rounded once."""
     losses, _ = torch.ops.mixloader.token_losses(*inputs, *options, sums, in_place)
     return losses
+
+
+def reduced(losses: torch.Tensor, divisor: torch.Tensor | None) -> torch.Tensor:
+    """The sum of the losses, over a divisor if there is one ([2]: it, and its inverse)."""
+    return losses.sum() if divisor is None else losses.sum() / divisor[0]
+
+
+def scale_of(divisor: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """[1]: the gradient of `reduced` by each loss, for logits of this dtype and device."""
+    return torch.ones(1, dtype=loss_path.loss_dtype(logits), device=logits.device) if divisor is None else divisor[1:]
 
 
 class ReducedLoss(torch.autograd.Function):
@@ -48,24 +58,23 @@ class ReducedLoss(torch.autograd.Function):
         options: LossOptions,
         sums: torch.Tensor | None,
         divisor: torch.Tensor | None,
-        inverse: torch.Tensor,
         in_place: bool,
     ) -> torch.Tensor:
         ctx.path = loss_path.path_of(logits)
         out = _gradient_in_place(logits) if in_place else None
-        losses, _, gradient = ctx.path.forward(inputs, options, _counted_once(sums), inverse, out)
+        losses, _, gradient = ctx.path.forward(inputs, options, counted_once(sums), scale_of(divisor, logits), out)
         ctx.save_for_backward(gradient)
-        return losses.sum() if divisor is None else losses.sum() / divisor[0]
+        return reduced(losses, divisor)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         # The saved gradient may be scaled in place only if no further backward pass will read it.
-        if _graph_is_kept():
+        if graph_is_kept():
             gradient = gradient.clone()
         with torch.no_grad():
             gradient = ctx.path.rescale(gradient, upstream)
-        return _once(gradient), None, None, None, None, None, None
+        return once(gradient), None, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -88,10 +97,10 @@ class _TokenLosses(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         arguments = (*tensors, *ctx.options, saved, upstream.contiguous())
         with torch.no_grad():
-            if ctx.in_place and not _graph_is_kept():
+            if ctx.in_place and not graph_is_kept():
                 return _token_gradient(*arguments, in_place=True), *rest
             gradient = torch.ops.mixloader.token_gradient(*arguments)
-        return _once(gradient), *rest
+        return once(gradient), *rest
 
 
 class _Once(torch.autograd.Function):
@@ -101,10 +110,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> None:
-        raise RuntimeError(ONCE)
+        raise RuntimeError(_ONCE)
 
 
-def _once(gradient: torch.Tensor) -> torch.Tensor:
+def once(gradient: torch.Tensor) -> torch.Tensor:
     """The gradient; where somebody records it (create_graph), with a node that refuses to be differentiated."""
     return _Once.apply(gradient, torch.empty(0, requires_grad=True)) if torch.is_grad_enabled() else gradient
 
@@ -112,7 +121,7 @@ def _once(gradient: torch.Tensor) -> torch.Tensor:
 def _token_losses(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     inputs, options = LossInputs(*arguments[:_N_INPUTS]), LossOptions(*arguments[_N_INPUTS:-2])
     path = loss_path.path_of(inputs.logits)
-    losses, saved, _ = path.forward(inputs, options, _counted_once(arguments[-2]), None, None)
+    losses, saved, _ = path.forward(inputs, options, counted_once(arguments[-2]), None, None)
     return losses, saved
 
 
@@ -129,12 +138,12 @@ def _token_gradient(*arguments: Any, in_place: bool = False) -> torch.Tensor:
     return loss_path.path_of(inputs.logits).backward(inputs, options, saved, scale, out)
 
 
-def _counted_once(sums: torch.Tensor | None) -> torch.Tensor | None:
+def counted_once(sums: torch.Tensor | None) -> torch.Tensor | None:
     # Here and not where the graph is made: a compiled graph runs both first and as a recomputation.
     return None if sums is None or recomputing() else sums
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """True in a backward pass after which another may read the same saved tensors."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
