@@ -71,7 +71,8 @@ Rows<Byte> to_rows(const char* name, const py::array& array, std::size_t n,
   if (array.ndim() != 2 || static_cast<std::size_t>(array.shape(0)) != n ||
       array.shape(1) != logits.shape(1) ||
       array.dtype().char_() != logits.dtype().char_() ||
-      (array.shape(1) > 1 && array.strides(1) != array.itemsize())) {
+      (array.size() > 0 && array.shape(1) > 1 &&
+       array.strides(1) != array.itemsize())) {
     refuse(name, "array [" + std::to_string(n) + ", " +
                      std::to_string(logits.shape(1)) +
                      "] with classes side by side");
@@ -144,7 +145,6 @@ void loss_rows(const py::array& logits, const py::array& targets,
   }
   call.options = {ignore_index, label_smoothing, z_loss, softcap, distribution};
   const LossLevel& kernels = to_level(level);
-  if (n == 0) return;
   const py::gil_scoped_release release;
   compute_loss(call, kernels, threads);
 }

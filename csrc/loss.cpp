@@ -232,7 +232,9 @@ void compute_loss(const LossCall& call, const LossLevel& level,
   const LossRows rows(call, level);
   const std::size_t n = call.targets.size();
   const std::size_t helpers =
-      std::clamp<std::size_t>(n * call.classes / kThreadLogits, 1, threads) - 1;
+      std::clamp<std::size_t>(n * call.classes / kThreadLogits, 1,
+                              std::max(threads, 1U)) -
+      1;
   // Small enough that no thread is left waiting long for the last.
   const std::size_t share =
       std::clamp<std::size_t>(kShareBytes / rows.row_bytes(), 1,
