@@ -6,7 +6,8 @@
 namespace mixloader {
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The C++ core: plans, shards, the threads that fill batches, and the "
+  m.doc() =
+      "The C++ core: plans, shards, the threads that fill batches, and the "
       "loss on a CPU.";
 
   // The exceptions are Python's own classes, so that one hierarchy serves both.

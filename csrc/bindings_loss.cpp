@@ -37,7 +37,8 @@ std::span<T> to_span(const char* name, const py::object& object,
 }
 
 std::size_t size_of(const py::object& object) {
-  return object.is_none() ? 0 : py::reinterpret_borrow<py::array>(object).size();
+  return object.is_none() ? 0
+                          : py::reinterpret_borrow<py::array>(object).size();
 }
 
 Ids to_ids(const char* name, const py::object& object) {
@@ -152,17 +153,15 @@ void loss_rows(const py::array& logits, const py::array& targets,
 }  // namespace
 
 void bind_loss(py::module_& m) {
-  m.def(
-      "loss_rows",
-      &loss_rows,
-      py::arg("logits"), py::arg("targets"), py::arg("domain_ids"),
-      py::arg("token_weights"), py::arg("domain_weights"),
-      py::arg("reference_losses"), py::arg("token_bytes"), py::kw_only(),
-      py::arg("losses"), py::arg("saved"), py::arg("gradient"),
-      py::arg("scale"), py::arg("sums"), py::arg("ignore_index"),
-      py::arg("label_smoothing"), py::arg("z_loss"), py::arg("softcap"),
-      py::arg("distribution"), py::arg("level"), py::arg("threads"),
-      "One pass of mixloader.loss_cpu over the rows.");
+  m.def("loss_rows", &loss_rows, py::arg("logits"), py::arg("targets"),
+        py::arg("domain_ids"), py::arg("token_weights"),
+        py::arg("domain_weights"), py::arg("reference_losses"),
+        py::arg("token_bytes"), py::kw_only(), py::arg("losses"),
+        py::arg("saved"), py::arg("gradient"), py::arg("scale"),
+        py::arg("sums"), py::arg("ignore_index"), py::arg("label_smoothing"),
+        py::arg("z_loss"), py::arg("softcap"), py::arg("distribution"),
+        py::arg("level"), py::arg("threads"),
+        "One pass of mixloader.loss_cpu over the rows.");
   m.def(
       "loss_levels",
       [] {

@@ -11,10 +11,10 @@
 namespace mixloader {
 namespace {
 
-// Logits worth starting a thread for, some 30 microseconds of work.
-constexpr std::size_t kThreadLogits = 1 << 16;
-// A gradient larger than this will not be in a cache when it is read.
-constexpr std::size_t kFreshBytes = 1 << 24;
+// Logits worth starting a thread for: some 80 microseconds of work, where a
+// thread takes 20 to 50 to start. One that is started anew needs no care when
+// a process forks, and has the rounding mode of its caller.
+constexpr std::size_t kThreadLogits = 1 << 17;
 // Threads take rows of so many bytes of gradient at a time: those of a huge
 // page, which the kernel would zero twice if two threads came to it at once.
 constexpr std::size_t kShareBytes = 1 << 21;
@@ -51,10 +51,7 @@ class LossRows {
   LossRows(const LossCall& call, const LossLevel& level)
       : call_(call),
         kernels_(level.kernels[static_cast<std::size_t>(call.type)]),
-        row_bytes_(call.classes *
-                   (call.type == LogitType::kFloat32 ? 4 : 2)),
-        fresh_(call.gradient.first != call.logits.first &&
-               row_bytes_ * call.targets.size() > kFreshBytes) {}
+        row_bytes_(call.classes * (call.type == LogitType::kFloat32 ? 4 : 2)) {}
 
   std::size_t row_bytes() const { return row_bytes_; }
 
@@ -72,7 +69,6 @@ class LossRows {
   const LossCall& call_;
   const RowKernels kernels_;
   const std::size_t row_bytes_;
-  const bool fresh_;
 };
 
 bool LossRows::is_valid(std::int64_t target) const {
@@ -82,8 +78,8 @@ bool LossRows::is_valid(std::int64_t target) const {
 
 void LossRows::compute(std::size_t row, std::span<std::int64_t> sums) const {
   const std::int64_t target = call_.targets[row];
-  const std::int64_t domain =
-      call_.domain_ids.size() > 0 ? call_.domain_ids[row / call_.rows_per_id]
+  const std::int64_t domain = call_.domain_ids.size() > 0
+                                  ? call_.domain_ids[row / call_.rows_per_id]
                                   : -1;
   RowLoss found;
   if (is_valid(target)) {
@@ -155,12 +151,14 @@ void LossRows::write_gradient(std::size_t row, std::size_t target,
   if (options.z_loss > 0.0f) {
     of_p *= 1.0f + 2.0f * options.z_loss * (top + std::log(total));
   }
-  const RowGradient factors{
-      top, of_p,
-      scale * options.label_smoothing / static_cast<float>(call_.classes),
-      scale * (1.0f - options.label_smoothing), target};
+  RowGradient factors{top, of_p, 0.0f, scale, target};
+  if (options.label_smoothing > 0.0f) {
+    factors.everywhere =
+        scale * options.label_smoothing / static_cast<float>(call_.classes);
+    factors.at_target = scale * (1.0f - options.label_smoothing);
+  }
   kernels_.gradient(call_.logits[row], call_.gradient[row], call_.classes,
-                    factors, options.softcap, fresh_);
+                    factors, options.softcap);
 }
 
 // The arithmetic of stats.add_tokens, unit for unit.
@@ -172,8 +170,8 @@ void LossRows::count(std::size_t row, std::int64_t target, std::int64_t domain,
   std::int64_t* const cells =
       &sums[(in_domain ? static_cast<std::size_t>(domain) : domains) *
             kStatistics];
-  bool good = is_valid(target) && std::isfinite(found.nll) &&
-              std::isfinite(found.loss);
+  bool good =
+      is_valid(target) && std::isfinite(found.nll) && std::isfinite(found.loss);
   double excess = 0.0;
   if (!call_.reference_losses.empty()) {
     const float reference = call_.reference_losses[row];
@@ -236,9 +234,8 @@ void compute_loss(const LossCall& call, const LossLevel& level,
                               std::max(threads, 1U)) -
       1;
   // Small enough that no thread is left waiting long for the last.
-  const std::size_t share =
-      std::clamp<std::size_t>(kShareBytes / rows.row_bytes(), 1,
-                              n / (8 * (helpers + 1)) + 1);
+  const std::size_t share = std::clamp<std::size_t>(
+      kShareBytes / rows.row_bytes(), 1, n / (8 * (helpers + 1)) + 1);
   std::atomic<std::size_t> next{0};
   const auto work = [&](std::span<std::int64_t> sums) {
     for (;;) {

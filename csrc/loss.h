@@ -74,7 +74,8 @@ struct LossCall {
   std::span<float> totals;
   Rows<std::byte> gradient;      // of sum(scale * losses); may be the logits
   std::span<const float> scale;  // one for all rows, or one for each
-  std::span<std::int64_t> sums;  // [D + 1, kStatistics] as in stats.py, added to
+  std::span<std::int64_t>
+      sums;  // [D + 1, kStatistics] as in stats.py, added to
   LossOptions options;
 };
 

@@ -29,17 +29,9 @@ inline Floats fused(Floats a, Floats b, Floats c) {
   return _mm256_fmadd_ps(a, b, c);
 }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-inline Floats from_half(Halves v) {
-  return _mm256_cvtph_ps((__m128i)v);
-}
+inline Floats from_half(Halves v) { return _mm256_cvtph_ps((__m128i)v); }
 inline Halves to_half(Floats v) {
   return (Halves)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-}
-inline void stream(void* out, Floats v) {
-  _mm256_stream_ps(static_cast<float*>(out), v);
-}
-inline void stream(void* out, Halves v) {
-  _mm_stream_si128(static_cast<__m128i*>(out), (__m128i)v);
 }
 
 #include "loss_row.h"

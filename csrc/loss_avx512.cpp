@@ -8,8 +8,10 @@
 #include "loss_kernels.h"
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                         \
+    __attribute__((                                                   \
+        target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -31,18 +33,14 @@ constexpr __mmask16 kWhole = 0xffff;
 inline Floats fused(Floats a, Floats b, Floats c) {
   return _mm512_fmadd_ps(a, b, c);
 }
-inline Floats larger(Floats a, Floats b) { return _mm512_mask_max_ps(b, kWhole, a, b); }
+inline Floats larger(Floats a, Floats b) {
+  return _mm512_mask_max_ps(b, kWhole, a, b);
+}
 inline Floats from_half(Halves v) {
   return _mm512_maskz_cvtph_ps(kWhole, (__m256i)v);
 }
 inline Halves to_half(Floats v) {
   return (Halves)_mm512_maskz_cvtps_ph(kWhole, v, _MM_FROUND_TO_NEAREST_INT);
-}
-inline void stream(void* out, Floats v) {
-  _mm512_stream_ps(static_cast<float*>(out), v);
-}
-inline void stream(void* out, Halves v) {
-  _mm256_stream_si256(static_cast<__m256i*>(out), (__m256i)v);
 }
 
 #include "loss_row.h"

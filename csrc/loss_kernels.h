@@ -38,10 +38,8 @@ struct RowGradient {
 struct RowKernels {
   RowSums (*sums)(const void* row, std::size_t classes, std::size_t target,
                   float softcap, bool all);
-  // fresh: the row is written past the caches where it can be, for a gradient
-  // that will not fit them.
   void (*gradient)(const void* row, void* out, std::size_t classes,
-                   const RowGradient& factors, float softcap, bool fresh);
+                   const RowGradient& factors, float softcap);
 };
 
 struct LossLevel {

@@ -5,7 +5,6 @@
 //   fused(a, b, c)                a * b + c
 //   larger(a, b)                  a if a > b, else b, so that NaN in a is lost
 //   from_half, to_half            Halves <-> Floats, to nearest even
-//   stream(out, v)                store v at an aligned address past the caches
 // No lambdas and nothing of the standard library: both would be compiled for
 // the target of the rest of the program.
 
@@ -56,9 +55,9 @@ MIXLOADER_INLINE Halves rounded(const Bfloat16*, Floats v) {
 
 MIXLOADER_INLINE Halves rounded(const Float16*, Floats v) { return to_half(v); }
 
-// exp of what is not above 0, within 1 unit in the last place (1.2 without fused
-// operations); 0 where that is below 2^-126. The polynomial is the minimax one,
-// off by 3e-9, whose first two coefficients are 1.
+// exp of what is not above 0, within 1 unit in the last place (1.2 without
+// fused operations); 0 where that is below 2^-126. The polynomial is the
+// minimax one, off by 3e-9, whose first two coefficients are 1.
 MIXLOADER_INLINE Floats exp_of(Floats x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const Floats shifted = fused(x, all(1.44269504f), all(12582912.0f));
@@ -235,17 +234,13 @@ MIXLOADER_INLINE auto gradient_at(const T* row, const RowGradient& factors,
   return rounded(row, g);
 }
 
-template <typename T, bool kCapped, bool kStream>
+template <typename T, bool kCapped>
 MIXLOADER_INLINE void write_span(const T* row, T* out, std::size_t begin,
                                  std::size_t end, const RowGradient& factors,
                                  float softcap) {
   for (std::size_t i = begin; i < end; i += kLanes) {
     const auto g = gradient_at<T, kCapped>(row + i, factors, Floats{}, softcap);
-    if constexpr (kStream) {
-      stream(out + i, g);
-    } else {
-      __builtin_memcpy(out + i, &g, sizeof g);
-    }
+    __builtin_memcpy(out + i, &g, sizeof g);
   }
 }
 
@@ -263,18 +258,17 @@ MIXLOADER_INLINE void write_part(const T* row, T* out, std::size_t begin,
   __builtin_memcpy(out + begin, &g, count * sizeof(T));
 }
 
-template <typename T, bool kCapped, bool kStream>
+template <typename T, bool kCapped>
 void gradient_of(const T* row, T* out, std::size_t classes,
                  const RowGradient& factors, float softcap) {
   const std::size_t end = classes / kLanes * kLanes;
   const std::size_t around = factors.target / kLanes * kLanes;
   if (around < end) {
-    write_span<T, kCapped, kStream>(row, out, 0, around, factors, softcap);
+    write_span<T, kCapped>(row, out, 0, around, factors, softcap);
     write_part<T, kCapped>(row, out, around, kLanes, factors, softcap);
-    write_span<T, kCapped, kStream>(row, out, around + kLanes, end, factors,
-                                    softcap);
+    write_span<T, kCapped>(row, out, around + kLanes, end, factors, softcap);
   } else {
-    write_span<T, kCapped, kStream>(row, out, 0, end, factors, softcap);
+    write_span<T, kCapped>(row, out, 0, end, factors, softcap);
   }
   if (end < classes) {
     write_part<T, kCapped>(row, out, end, classes - end, factors, softcap);
@@ -283,17 +277,13 @@ void gradient_of(const T* row, T* out, std::size_t classes,
 
 template <typename T>
 void row_gradient(const void* row, void* out, std::size_t classes,
-                  const RowGradient& factors, float softcap, bool fresh) {
+                  const RowGradient& factors, float softcap) {
   const auto* x = static_cast<const T*>(row);
   auto* g = static_cast<T*>(out);
-  const bool streamed =
-      fresh && reinterpret_cast<std::uintptr_t>(out) % (kLanes * sizeof(T)) == 0;
   if (softcap > 0.0f) {
-    gradient_of<T, true, false>(x, g, classes, factors, softcap);
-  } else if (streamed) {
-    gradient_of<T, false, true>(x, g, classes, factors, softcap);
+    gradient_of<T, true>(x, g, classes, factors, softcap);
   } else {
-    gradient_of<T, false, false>(x, g, classes, factors, softcap);
+    gradient_of<T, false>(x, g, classes, factors, softcap);
   }
 }
 
