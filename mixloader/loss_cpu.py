@@ -6,6 +6,8 @@ A row is read once from memory: for its loss, and, while a cache still holds it,
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -60,17 +62,11 @@ def _rows(
         inputs = inputs._replace(logits=inputs.logits.contiguous())
     if sums is None:
         inputs = inputs._replace(reference_losses=None, token_bytes=None)
-    _core.loss_rows(
-        *(_array(tensor) for tensor in inputs),
-        losses=_array(losses),
-        saved=_array(saved),
-        gradient=_array(gradient),
-        scale=_array(scale),
-        sums=_array(sums),
-        **options._asdict(),
-        level=LEVEL,
-        threads=torch.get_num_threads(),
-    )
+    written = {"losses": losses, "saved": saved, "gradient": gradient, "sums": sums}
+    arrays: dict[str, Any] = {
+        name: _array(tensor) for name, tensor in (inputs._asdict() | written | {"scale": scale}).items()
+    }
+    _core.loss_rows(**arrays, **options._asdict(), level=LEVEL, threads=torch.get_num_threads())
 
 
 def _array(tensor: torch.Tensor | None) -> np.ndarray | None:

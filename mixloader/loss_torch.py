@@ -178,7 +178,7 @@ def _clear_rows(gradient: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """As `empty_gradient`."""
+    """As `empty_gradient`, on a CPU in huge pages."""
     if not logits.is_cpu or logits.numel() == 0:
         return empty_gradient(logits)
     # Page faults of a fresh tensor cost as much as the arithmetic. numpy asks for huge pages, torch does not.
