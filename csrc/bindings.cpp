@@ -6,7 +6,9 @@
 namespace mixloader {
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "The C++ core: plans, shards and the threads that fill batches.";
+  m.doc() =
+      "The C++ core: plans, shards, the threads that fill batches, and the "
+      "loss on a CPU.";
 
   // The exceptions are Python's own classes, so that one hierarchy serves both.
   py::register_local_exception_translator([](std::exception_ptr error) {
@@ -31,6 +33,7 @@ PYBIND11_MODULE(_core, m) {
   bind_files(m);
   bind_corpus(m);
   bind_packing(m);
+  bind_loss(m);
   bind_streamer(m);
 }
 

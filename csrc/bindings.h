@@ -25,6 +25,8 @@ std::unique_ptr<const Corpus> make_corpus(const py::object& domains,
                                           CorpusOptions options);
 // Packed rows: bindings_packing.cpp.
 void bind_packing(py::module_& m);
+// The loss: bindings_loss.cpp.
+void bind_loss(py::module_& m);
 // The streamer: bindings_streamer.cpp.
 void bind_streamer(py::module_& m);
 

@@ -1,4 +1,4 @@
-"""The C++ core (csrc/): plans, shards and the threads that fill batches. Used by loader.py alone."""
+"""The C++ core (csrc/): plans, shards, the threads that fill batches, and the loss on a CPU."""
 
 from collections.abc import Sequence
 from enum import Enum
@@ -92,6 +92,33 @@ class PackedRows:
     def fingerprint(self) -> bytes: ...
     def row(self, row: int) -> list[tuple[int, int]]: ...
     def verify(self) -> None: ...
+
+def loss_levels() -> list[str]:
+    """Sets of instructions that this machine has a loss for, the fastest last."""
+
+def loss_rows(
+    logits: npt.NDArray[Any],
+    targets: npt.NDArray[Any],
+    domain_ids: npt.NDArray[Any] | None,
+    token_weights: npt.NDArray[np.float32] | None,
+    domain_weights: npt.NDArray[np.float32] | None,
+    reference_losses: npt.NDArray[np.float32] | None,
+    token_bytes: npt.NDArray[np.int32] | None,
+    *,
+    losses: npt.NDArray[np.float32] | None,
+    saved: npt.NDArray[np.float32],
+    gradient: npt.NDArray[Any] | None,
+    scale: npt.NDArray[np.float32] | None,
+    sums: npt.NDArray[np.int64] | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    distribution: bool,
+    level: str,
+    threads: int,
+) -> None:
+    """loss_path.LossInputs as arrays, bfloat16 as its bits in int16. With losses: forward, else backward."""
 
 class Streamer:
     def __init__(

@@ -1,8 +1,9 @@
 """Cross-entropy that also adds every token's loss to its domain's sums, in the same pass over the logits.
 
-float32, bfloat16 and float16 logits on a CUDA device go through the Triton kernel; everything else (CPU, float64, CUDA
-without Triton) through plain torch, with the same meaning and the same integer sums. `loss_arguments.py` checks what is
-given; `loss_ops.py` is what autograd and torch.compile see, `loss_path.py` what a path is.
+float32, bfloat16 and float16 logits on a CUDA device go through the Triton kernel, on a CPU through the C++ core;
+everything else (float64, other devices, CUDA without Triton) through plain torch, with the same meaning and the same
+integer sums. `loss_arguments.py` checks what is given; `loss_ops.py` is what autograd and torch.compile see,
+`loss_path.py` what a path is.
 """
 
 from __future__ import annotations

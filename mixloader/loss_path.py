@@ -1,7 +1,8 @@
 """One call of the loss as data, and what a module must have to compute it.
 
 `mixloader.loss` checks what its caller gave and turns it into LossInputs and LossOptions. A path computes from these:
-`mixloader.kernels.cross_entropy` on CUDA, `mixloader.loss_torch` everywhere. `path_of` chooses.
+`mixloader.kernels.cross_entropy` on CUDA, `mixloader.loss_cpu` on a CPU, `mixloader.loss_torch` everywhere. `path_of`
+chooses.
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ def path_of(logits: torch.Tensor) -> LossPath:
         from mixloader.kernels import cross_entropy
 
         return cast(LossPath, cross_entropy)
+    if logits.is_cpu and logits.dtype != torch.float64:
+        from mixloader import loss_cpu
+
+        return cast(LossPath, loss_cpu)
     from mixloader import loss_torch
 
     return loss_torch

@@ -37,7 +37,7 @@ def forward(
     valid = inputs.valid(options.ignore_index)
     classes = inputs.targets.where(valid, 0).long()[:, None]
     weights = inputs.weights()
-    gradient = None if scale is None else _new_gradient(logits) if out is None else out
+    gradient = None if scale is None else new_gradient(logits) if out is None else out
     nll, losses = logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)
     distribution = logits.new_empty(3, n, dtype=dtype) if sums is not None and options.distribution else None
     for rows, x, log_p in _log_softmax(logits, options.softcap, gradient):
@@ -82,7 +82,7 @@ def backward(
     valid = inputs.valid(options.ignore_index)
     classes = inputs.targets.where(valid, 0).long()[:, None]
     weights = inputs.weights()
-    gradient = _new_gradient(logits) if out is None else out
+    gradient = new_gradient(logits) if out is None else out
     factor = scale.expand(len(valid))
     if weights is not None:
         factor = factor * weights
@@ -177,8 +177,8 @@ def _clear_rows(gradient: torch.Tensor, rows: torch.Tensor) -> None:
         gradient[rows] = 0.0
 
 
-def _new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """As `empty_gradient`."""
+def new_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """As `empty_gradient`, on a CPU in huge pages."""
     if not logits.is_cpu or logits.numel() == 0:
         return empty_gradient(logits)
     # Page faults of a fresh tensor cost as much as the arithmetic. numpy asks for huge pages, torch does not.

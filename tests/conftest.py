@@ -14,14 +14,16 @@ settings.register_profile("mixloader", deadline=None, suppress_health_check=[Hea
 settings.load_profile("mixloader")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def device(request, monkeypatch):
-    """Send every loss of the test through one of the two paths; gives the device for its tensors."""
+    """Send every loss of the test through one of the three paths; gives the device for its tensors."""
     from mixloader import loss_path, loss_torch
 
     if request.param == "torch":
         monkeypatch.setattr(loss_path, "path_of", lambda logits: loss_torch)
         return "cpu"
+    if request.param == "cpu":
+        return "cpu"  # where nothing else is asked for; float64 takes the torch path all the same
     pytest.importorskip("triton", reason="triton is not installed (pip install 'mixloader[triton]')")
     from mixloader.kernels import cross_entropy
 

@@ -1,4 +1,4 @@
-"""The loss and its statistics on both paths, against torch in float64."""
+"""The loss and its statistics on every path, against torch in float64."""
 
 from __future__ import annotations
 
@@ -184,6 +184,7 @@ def test_sums_are_bitwise_the_same_in_any_order_and_any_split(device, dtype, poo
 
 
 def test_sums_do_not_depend_on_chunks_or_threads(monkeypatch):
+    monkeypatch.setattr(loss_path, "path_of", lambda logits: loss_torch)
     logits, targets, domain_ids = batch(300, rows=8, tokens=32)
     buffers = []
     threads = torch.get_num_threads()
@@ -348,16 +349,18 @@ def test_activation_checkpointing_counts_once(device, use_reentrant, reduction):
 
 
 @pytest.mark.parametrize("triton", [True, False])
-def test_cuda_takes_the_kernels_where_triton_is_installed(monkeypatch, triton):
-    def path(is_cuda, dtype):
-        return loss_path.path_of(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)).__name__
+def test_logits_take_the_path_of_their_device_and_dtype(monkeypatch, triton):
+    def path(device, dtype):
+        logits = SimpleNamespace(is_cuda=device == "cuda", is_cpu=device == "cpu", dtype=dtype)
+        return loss_path.path_of(logits).__name__.removeprefix("mixloader.")
 
     pytest.importorskip("triton")
     monkeypatch.setattr(loss_path, "_has_triton", lambda: triton)
-    kernels = "mixloader.kernels.cross_entropy" if triton else "mixloader.loss_torch"
-    assert path(True, torch.bfloat16) == kernels
-    assert path(True, torch.float64) == "mixloader.loss_torch"
-    assert path(False, torch.bfloat16) == "mixloader.loss_torch"
+    assert path("cuda", torch.bfloat16) == ("kernels.cross_entropy" if triton else "loss_torch")
+    assert path("cuda", torch.float64) == "loss_torch"
+    assert path("cpu", torch.bfloat16) == "loss_cpu"
+    assert path("cpu", torch.float64) == "loss_torch"
+    assert path("xpu", torch.float32) == "loss_torch"
 
 
 ZEROS = torch.zeros(2, 3, 5)

@@ -1,4 +1,4 @@
-"""Every option of the loss on both paths, in a pairwise covering array, against autograd in float64."""
+"""Every option of the loss on every path, in a pairwise covering array, against autograd in float64."""
 
 from __future__ import annotations
 
