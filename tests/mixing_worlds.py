@@ -48,7 +48,7 @@ def _signal(value):
 
 
 class LawWorld:
-    """Losses fall by power laws in what was read of every domain: loss_i = floor_i + gain_i (1 + x_i / knee_i)^-power_i.
+    """Losses fall by power laws in what was read: loss_i = floor_i + gain_i (1 + x_i / knee_i)^-power_i.
 
     x = transfer @ (steps read of each domain). transfer: [D, D], what a step of j is worth to i.
     """

@@ -94,7 +94,7 @@ def _measured_only(observation: Observation, active: np.ndarray, mixed: np.ndarr
 
 
 def exploration(step: int, n_domains: int) -> float:
-    """ODM's rate of exploration at plan step `step`, 0 or later: min(1 / K, sqrt(ln K / (K (step + 1)))); 1 / K before."""
+    """ODM's rate of exploration after plan step `step`: min(1 / K, sqrt(ln K / (K (step + 1)))); 1 / K before."""
     if step < 0:
         return 1.0 / n_domains
     return min(1.0 / n_domains, math.sqrt(math.log(n_domains) / (n_domains * (step + 1))))
@@ -127,7 +127,7 @@ class OnlineDataMixing:
 
     def decide(self, observation: Observation) -> np.ndarray | None:
         active = observation.weights > 0
-        n_domains, steps = np.count_nonzero(active), steps_since(observation)
+        n_domains, steps = int(np.count_nonzero(active)), steps_since(observation)
         if n_domains < 2 or steps <= 0:
             return None
         pulled = _read(observation) & active

@@ -133,7 +133,8 @@ class SkillIt:
     graph: a mapping {from: {to: edge}} by domain name (absent edges are 0), or [D, D] in the order of the domains. By
         default it is learned in one sweep at the beginning (`sweep.Sweep`), normalised as Aioli's and scaled to a
         largest edge of 1; its authors train one model a domain for it.
-    eta 0.2, window 3, update_steps 400: of its run in Aioli's repository. rounds, trial_steps, one_hot, seed: of the sweep.
+    eta 0.2, window 3, update_steps 400: of its run in Aioli's repository.
+    rounds, trial_steps, one_hot, seed: of the sweep, as for "aioli".
     Losses are held-out ones where evaluations report them by domain name, as in the source, else training losses.
     """
 
@@ -158,7 +159,7 @@ class SkillIt:
         self.plan, self.seed = Plan(trial_steps, rounds, one_hot), seed
 
     def reset(self, domains: DomainTable) -> np.ndarray | None:
-        """Forget the losses, and a graph that was learned. Raises ConfigError for a graph that does not fit the domains."""
+        """Forget the losses, and a graph that was learned. Raises ConfigError for one given that does not fit."""
         self.domains = domains
         self._edges = None if self.graph is None else _edges(self.graph, domains.names)
         self.sweep = Sweep(domains.names, self.plan, self.seed)

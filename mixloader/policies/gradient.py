@@ -46,18 +46,21 @@ def by_field(observation: Observation, preference: float, scaled: bool) -> np.nd
     return columns @ parts
 
 
-def measured_gram(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
-    """The gram of the domains, float64 [D, D], 0 where a pair was not measured, and bool [D]: which were measured.
+def squared_norms(observation: Observation) -> np.ndarray:
+    """float64 [D]: ||g_k||^2 >= 0; NaN where not measured. Corrected for noise, it may have come out below zero."""
+    if observation.gram is None:
+        return np.full(len(observation.weights), math.nan)
+    return np.maximum(observation.gram.value.diagonal(), 0.0)
 
-    The diagonal, corrected for noise, may come out below zero; it counts as zero then.
-    """
+
+def measured_gram(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
+    """The gram of the domains, float64 [D, D], 0 where a pair was not measured, and bool [D]: which were measured."""
     n_domains = len(observation.weights)
     if observation.gram is None:
         return np.zeros((n_domains, n_domains)), np.zeros(n_domains, dtype=bool)
-    gram = np.nan_to_num(observation.gram.value, nan=0.0)
-    diagonal = observation.gram.value.diagonal()
-    np.fill_diagonal(gram, np.nan_to_num(np.maximum(diagonal, 0.0), nan=0.0))
-    return gram, np.isfinite(diagonal)
+    gram, square = np.nan_to_num(observation.gram.value, nan=0.0), squared_norms(observation)
+    np.fill_diagonal(gram, np.nan_to_num(square, nan=0.0))
+    return gram, np.isfinite(square)
 
 
 @register("influence")
@@ -116,14 +119,15 @@ class DoGE(Exponentiated):
 
     def scores(self, observation: Observation) -> np.ndarray:
         """In [0, 5], float64 [D]."""
-        gram, measured = measured_gram(observation)
+        square = squared_norms(observation)
+        measured = np.isfinite(square)
         if not measured.any():
-            return np.full(len(measured), math.nan)
+            return square
         if self.toward == "domains":
-            products = np.where(measured, gram @ measured / measured.sum(), math.nan)
+            products = np.where(measured, measured_gram(observation)[0] @ measured / measured.sum(), math.nan)
         else:
             products = by_field(observation, self.preference, scaled=False)
-        return np.clip(products / (np.sqrt(gram.diagonal()[measured]).mean() + 1e-6), 0.0, 5.0)
+        return np.clip(products / (np.sqrt(square[measured]).mean() + 1e-6), 0.0, 5.0)
 
 
 @register("dga")
@@ -152,8 +156,8 @@ class DynamicGradientAlignment(Exponentiated):
 
     def decide(self, observation: Observation) -> np.ndarray | None:
         updates = steps_since(observation) / self.update_steps
-        step = exponentiated(observation.weights, self.eta * self.scores(observation), float(updates > 0))
-        if step is None:
+        step = exponentiated(observation.weights, self.eta * self.scores(observation), 1.0)
+        if step is None or updates <= 0:
             return None
         kept = (1 - self.beta) ** updates
         return kept * observation.weights + (1 - kept) * step
@@ -226,14 +230,13 @@ class PiKE(Exponentiated):
 
     def scores(self, observation: Observation) -> np.ndarray:
         """float64 [D], in mean squared norms of a row's gradient."""
-        gram, measured = measured_gram(observation)
-        if observation.row_norm_sq is None or not measured.any():
-            return np.full(len(measured), math.nan)
-        square, total = gram.diagonal(), observation.row_norm_sq
-        known = measured & np.isfinite(total)
+        square, total = squared_norms(observation), observation.row_norm_sq
+        if total is None:
+            return np.full(len(square), math.nan)
+        known = np.isfinite(square) & np.isfinite(total)
         scale = total[known].mean() if known.any() else 0.0
         if not scale > 0:
-            return np.full(len(measured), math.nan)
+            return np.full(len(square), math.nan)
         return np.where(known, (square - self.noise * np.maximum(total - square, 0.0)) / scale, math.nan)
 
 

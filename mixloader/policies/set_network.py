@@ -29,7 +29,9 @@ class SetNetwork:
         for depth in range(3):
             own, mean, bias = self.parameters[3 * depth : 3 * depth + 3]
             inputs.append(x)
-            x = x @ own + x.mean(axis=1, keepdims=True) @ mean + bias
+            # One product for all domains of all sets: a stack of small ones costs several times as much.
+            each = (x.reshape(-1, x.shape[2]) @ own).reshape(*x.shape[:2], -1)
+            x = each + (x.mean(axis=1) @ mean + bias)[:, None]
             if depth < 2:
                 x = np.maximum(x, 0.0)
         return x[..., 0], inputs
@@ -41,10 +43,11 @@ class SetNetwork:
         for depth in (2, 1, 0):
             x, (own, mean, _) = inputs[depth], self.parameters[3 * depth : 3 * depth + 3]
             d_sum = d.sum(axis=1)
-            gradients[3 * depth] = np.tensordot(x, d, axes=([0, 1], [0, 1]))
+            flat = d.reshape(-1, d.shape[2])
+            gradients[3 * depth] = x.reshape(len(flat), -1).T @ flat
             gradients[3 * depth + 1] = x.mean(axis=1).T @ d_sum
             gradients[3 * depth + 2] = d_sum.sum(axis=0)
-            d = d @ own.T + (d_sum @ mean.T)[:, None] / x.shape[1]
+            d = (flat @ own.T).reshape(x.shape) + (d_sum @ mean.T)[:, None] / np.float32(x.shape[1])
             if depth > 0:
                 d = d * (x > 0)
         return gradients, d

@@ -34,8 +34,9 @@ class Sweep:
 
     Each row of the problem is what was read of every domain between two measurements of all losses, and how far
     those fell; so the lag between deciding and reading, and trials of unequal length, need no special care. A loss
-    measured in training belongs to the middle of the rows it is the mean of; an evaluation's to the step after which
-    it was reported. Evaluations count only where they cover every domain by name.
+    measured in training belongs to the middle of the rows it is the mean of (which is approximate where the mixture
+    changed among them); an evaluation's to the step after which it was reported. Evaluations count only where they
+    cover every domain by name.
     """
 
     def __init__(self, names: tuple[str, ...], plan: Plan, seed: int):
@@ -106,7 +107,7 @@ class Sweep:
         self._at, self._losses, self._measured_step = at, losses, step
 
     def _measurement(self, observation: Observation, active: np.ndarray, steps: float) -> tuple[np.ndarray, int, float]:
-        """Losses [D], the step of the oldest, and the part of what was read since the last observation that is newer."""
+        """Losses [D], the step of the oldest, and the part of what the last observation brought that is newer."""
         named = [observation.feedback.get(name) for name in self.names]
         if all(signal is not None or not on for signal, on in zip(named, active, strict=True)):
             age = max(int(signal.age) for signal, on in zip(named, active, strict=True) if on and signal is not None)

@@ -37,9 +37,7 @@ def moved(weights: np.ndarray, part: np.ndarray, shares: np.ndarray) -> np.ndarr
     return out
 
 
-def exponentiated(
-    weights: np.ndarray, scores: np.ndarray, updates: float, floor: float = 0.0
-) -> np.ndarray | None:
+def exponentiated(weights: np.ndarray, scores: np.ndarray, updates: float, floor: float = 0.0) -> np.ndarray | None:
     """`updates` steps of exponentiated gradient: p <- (1 - floor) softmax(log p + score) + floor / K, each.
 
     weights: float64 [D]; a domain at zero stays there. scores: float64 [D], of one update, eta included; a domain
@@ -57,7 +55,7 @@ def exponentiated(
 
 
 def latest_losses(observation: Observation, names: Sequence[str]) -> np.ndarray:
-    """float64 [D], nats a token: what evaluations reported of a domain by its name, else its training loss, else NaN."""
+    """float64 [D], nats a token: what evaluations reported of a domain by its name, else its training loss, or NaN."""
     losses = observation.loss.value.copy()
     if observation.feedback:
         index = {name: d for d, name in enumerate(names)}
