@@ -254,7 +254,7 @@ SOURCE, TARGET = CENTRES[2], 0.7 * CENTRES[0] + 0.3 * CENTRES[1]
     ("name", "options"),
     [
         ("influence", {"preference": 0.0}),
-        ("doge", {"preference": 0.0, "eta": 0.2}),
+        ("doge", {"preference": 0.0}),
         ("dga", {"preference": 0.0}),
         ("rb", {"evaluation": {"a": 0.7, "b": 0.3}}),
     ],
@@ -264,7 +264,7 @@ def test_gradient_alignment_finds_the_mixture_that_makes_the_target(name, option
     world = GradientWorld(CENTRES, [SOURCE, TARGET])
     path = train(world, make_policy(name, **options), table_of(4), 600)
     if name != "rb":  # without memory it cannot stay at an optimum, where alignments vanish
-        np.testing.assert_allclose(path[-1], [0.7, 0.3, 0, 0], atol=0.05)
+        np.testing.assert_allclose(path[-200:].mean(axis=0), [0.7, 0.3, 0, 0], atol=0.05)
     even = GradientWorld(CENTRES, [SOURCE, TARGET])
     train(even, make_policy("uniform"), table_of(4), 600)
     assert world.field_losses()[1] < 0.15 * even.field_losses()[1]

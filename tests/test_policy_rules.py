@@ -218,16 +218,17 @@ def test_influence():
 
 
 def test_doge():
-    # Norms 2 and 4, mean 3. Toward the fields at 0.25: a 0.25 * 4 + 0.75 * 8 = 7, b 0.25 * -8 + 0 = -2, clipped to 0.
-    seen = observe([1, 1], influence=[[4.0, 8.0], [-8.0, 0.0]], gram=[[4.0, -1.0], [-1.0, 16.0]])
-    expected = parts(math.exp(0.05 * 7 / 3), 1.0)
-    np.testing.assert_allclose(decide("doge", table_of(2), [seen], preference=0.25), expected, rtol=1e-6)
-    # Toward the domains: a (4 - 1) / 2 = 1.5, b (16 - 1) / 2 = 7.5.
-    expected = parts(math.exp(0.05 * 1.5 / 3), math.exp(0.05 * 7.5 / 3))
-    np.testing.assert_allclose(decide("doge", table_of(2), [seen], toward="domains"), expected, rtol=1e-6)
-    large = observe([1, 1], influence=[[400.0, 800.0], [-8.0, 0.0]], gram=[[4.0, -1.0], [-1.0, 16.0]])
-    answer = decide("doge", table_of(2), [large])
-    np.testing.assert_allclose(answer, parts(math.exp(0.05 * 5), 1.0), rtol=1e-9)
+    # Norms 2 and 4. By unit gradients, over the best: source 2, 4 -> 0.5, 1; target 4, -0.5 -> 1, -0.125.
+    seen = observe([1, 1], influence=[[4.0, 8.0], [16.0, -2.0]], gram=[[4.0, -1.0], [-1.0, 16.0]])
+    a, b = 0.25 * 0.5 + 0.75 * 1, 0.25 * 1 - 0.75 * 0.125
+    expected = parts(math.exp(0.05 * a), math.exp(0.05 * b))
+    np.testing.assert_allclose(decide("doge", table_of(2), [seen], preference=0.25), expected, rtol=1e-12)
+    answer = decide("doge", table_of(2), [seen], preference=0.0)  # b is clipped at 0
+    np.testing.assert_allclose(answer, parts(math.exp(0.05), 1.0), rtol=1e-12)
+    # Toward the domains: cosines a-b 2 / 8, a-c 0, b-c 4 / 8; mean over all three.
+    seen = observe([1, 1, 1], gram=[[4.0, 2.0, 0.0], [2.0, 16.0, 4.0], [0.0, 4.0, 4.0]])
+    expected = parts(*(math.exp(0.05 * total / 3) for total in (1.25, 1.75, 1.5)))
+    np.testing.assert_allclose(decide("doge", table_of(3), [seen], toward="domains"), expected, rtol=1e-12)
 
 
 def test_dga():
@@ -252,9 +253,9 @@ def test_rb():
 
 
 def test_pike():
-    # Rows: mean squared norms 5 and 11, mean 8. Signal 4 and 1, variance 1 and 10.
+    # Signal 4 and 1, variance 5 - 4 = 1 and 11 - 1 = 10; mean of 4 + 0.05 and 1 + 0.5: 2.775.
     seen = observe([1, 1], steps=10, step=9, gram=[[4.0, 0.0], [0.0, 1.0]], row_norm_sq=np.array([5.0, 11.0]))
-    a, b = (4 - 0.05 * 1) / 8, (1 - 0.05 * 10) / 8
+    a, b = (4 - 0.05 * 1) / 2.775, (1 - 0.05 * 10) / 2.775
     expected = parts(math.exp(0.5 * a), math.exp(0.5 * b))
     np.testing.assert_allclose(decide("pike", table_of(2), [seen]), expected, rtol=1e-12)
 

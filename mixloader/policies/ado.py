@@ -197,7 +197,7 @@ class _Curve:
     def __init__(self, n_domains: int):
         self._amount: list[float] = []
         self._losses: list[np.ndarray] = []
-        self._block = 16.0  # steps
+        self._block = 1.0  # steps
         self._steps = self._amount_sum = 0.0
         self._sum = np.zeros(n_domains)
 

@@ -2,7 +2,9 @@
 
 All read the same sketches (Observation.influence, gram, row_norm_sq) where the papers take whole gradients or those
 of the last layer: an inner product of sketches is an unbiased estimate of that of the gradients, up to the layers that
-are sketched. A domain's gradient is the mean over its rows since it was last measured, not that of one batch.
+are sketched. A domain's gradient is the mean over its latest rows, not that of one batch, and a row's is that of the
+sum of its token losses; so only ratios of gradients mean anything, and where a paper uses absolute sizes its rule says
+so.
 
 Notation: g_k the mean row gradient of domain k, g_f the mean gradient of field f, G the gram of the g_k. Where a paper
 has one target, `preference` (as in policy "agent") makes one of the two fields: preference * source + (1 - preference)
@@ -23,16 +25,18 @@ from mixloader.policies.base import register
 from mixloader.policies.update import Exponentiated, by_name, check_options, exponentiated, moved, steps_since
 
 
-def by_field(observation: Observation, preference: float, scaled: bool) -> np.ndarray:
+def by_field(observation: Observation, preference: float, scaled: bool, norms: np.ndarray | None = None) -> np.ndarray:
     """float64 [D]: influence on the fields, weighted by the preference; NaN where a domain was not measured.
 
     scaled: each field's column is divided by its largest magnitude first, so that a field with large gradients does
-    not outweigh the other.
+    not outweigh the other. norms: float64 [D], of the domains' gradients, by which they are divided before that.
     """
     n_domains = len(observation.weights)
     if observation.influence is None:
         return np.full(n_domains, math.nan)
     columns = observation.influence.value
+    if norms is not None:
+        columns = columns / np.where(norms > 0, norms, math.nan)[:, None]
     wanted = {"source": preference, "target": 1.0 - preference}
     parts = np.array([wanted.get(name, 0.0) for name in observation.influence_fields])
     parts = np.where(np.isfinite(columns).any(axis=0), parts, 0.0)
@@ -89,15 +93,17 @@ class Influence(Exponentiated):
 
 @register("doge")
 class DoGE(Exponentiated):
-    """DoGE (Fan et al., arXiv 2310.15393, equation 4): s_k = clip(<g_k, g_val> / mean_j ||g_j||, 0, 5).
+    """DoGE (Fan et al., arXiv 2310.15393, equation 4): s_k = clip(<g_k, g_val> / mean_j ||g_j||, 0, 5) of clipped g.
 
     toward: "fields", its mode for a target domain, with g_val by the preference; or "domains", its universal mode,
         where g_val is the mean over all domains, here of training rows instead of held-out ones.
     eta: learning rate over mu, 5e-4 / 0.01 as in its 82M script, per optimizer step; the learning rate's schedule is
         not followed. No floor. `average` is what it hands from its proxy to the run proper.
 
-    The original clips each gradient to norm 1 first; here the clip at 5 is all. It also updates its proxy with the
-    reweighted gradients, while here the mixture is what is sampled.
+    The original clips every gradient to norm 1 first, as nearly all exceed it, so s_k is a cosine that is not negative;
+    here it is that. The norm of a field's gradient is not among the signals: it is taken as the least it can be, so
+    that the best domain's cosine is 1, which makes larger steps. The original also trains its proxy on the reweighted
+    gradients, while here the mixture is what is sampled.
     """
 
     name = "doge"
@@ -118,16 +124,14 @@ class DoGE(Exponentiated):
         self.preference, self.toward = float(preference), toward
 
     def scores(self, observation: Observation) -> np.ndarray:
-        """In [0, 5], float64 [D]."""
-        square = squared_norms(observation)
-        measured = np.isfinite(square)
-        if not measured.any():
-            return square
-        if self.toward == "domains":
-            products = np.where(measured, measured_gram(observation)[0] @ measured / measured.sum(), math.nan)
-        else:
-            products = by_field(observation, self.preference, scaled=False)
-        return np.clip(products / (np.sqrt(square[measured]).mean() + 1e-6), 0.0, 5.0)
+        """In [0, 1], float64 [D]."""
+        norms = np.sqrt(squared_norms(observation))
+        if self.toward == "fields":
+            return np.maximum(by_field(observation, self.preference, scaled=True, norms=norms), 0.0)
+        known = norms > 0
+        unit = np.where(known, 1.0 / np.where(known, norms, 1.0), 0.0)
+        cosines = unit * (measured_gram(observation)[0] @ unit) / max(np.count_nonzero(known), 1)
+        return np.where(known, np.clip(cosines, 0.0, 1.0), math.nan)
 
 
 @register("dga")
@@ -214,9 +218,9 @@ def _of_fields(domains: DomainTable, preference: float) -> np.ndarray:
 class PiKE(Exponentiated):
     """PiKE (Li et al., arXiv 2502.06244): p <- p exp(z1 ||g_k||^2 - z2 / (2 b) Var_k), normalised.
 
-    Var_k: variance of one row's gradient about g_k, the sum over coordinates; b: rows of a batch. Both are taken over
-    the mean squared norm of a row's gradient, averaged over the domains, since sketches have a scale of their own; so
-    eta (z1) and noise (z2 / 2b over z1) are not the paper's numbers, which are not known to us.
+    Var_k: variance of one row's gradient about g_k, the sum over coordinates; b: rows of a batch. The exponent is
+    divided by the mean over the domains of ||g_k||^2 + noise Var_k, since sketches have a scale of their own; so eta
+    (z1) and noise (z2 / 2b over z1) are not the paper's numbers, which are not known to us.
     It seeks the fastest fall of the sum of all domains' losses under little conflict, so it knows no fields.
     """
 
@@ -229,15 +233,14 @@ class PiKE(Exponentiated):
         self.noise = float(noise)
 
     def scores(self, observation: Observation) -> np.ndarray:
-        """float64 [D], in mean squared norms of a row's gradient."""
+        """float64 [D], of which the magnitudes average 1 at most."""
         square, total = squared_norms(observation), observation.row_norm_sq
         if total is None:
             return np.full(len(square), math.nan)
-        known = np.isfinite(square) & np.isfinite(total)
-        scale = total[known].mean() if known.any() else 0.0
-        if not scale > 0:
-            return np.full(len(square), math.nan)
-        return np.where(known, (square - self.noise * np.maximum(total - square, 0.0)) / scale, math.nan)
+        spread = self.noise * np.maximum(total - square, 0.0)
+        known = np.isfinite(square) & np.isfinite(spread)
+        scale = (square + spread)[known].mean() if known.any() else 0.0
+        return (square - spread) / scale if scale > 0 else np.full(len(square), math.nan)
 
 
 def alignment_rewards(gram: np.ndarray) -> np.ndarray:
