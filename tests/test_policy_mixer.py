@@ -1,4 +1,4 @@
-"""The policies that need losses alone, in a Mixer on a loader: they decide, resume exactly, and see domains come and go."""
+"""Policies that need losses alone, in a Mixer: they decide, resume exactly, and see domains come and go."""
 
 import json
 
