@@ -124,6 +124,33 @@ def test_velocitune():
     np.testing.assert_allclose(answer, expected)
 
 
+# ADO
+
+
+def test_ado():
+    """Losses that are power laws of n: rho and p as in the source's curr_dist, as far as the fit is exact."""
+    prior = np.array([0.5, 0.3, 0.2])
+    floor, rise, alpha = np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 0.5]), np.array([0.41, 0.215, 0.605])
+    policy = make_policy("ado", start_step=20, fit_steps=1000, ignore_steps=0)
+    policy.reset(table_of(3, prior=prior))
+    answers = []
+    for step in range(23):
+        losses = floor + rise * (step + 0.5) ** -alpha  # in the middle of the step, n in thousands of tokens
+        answers.append(policy.decide(observe(losses, prior, step=step)))
+    assert all(answer is None for answer in answers[:21])
+
+    def rho(step):  # h is the prior, which is what was read
+        n = step + 1
+        share = prior * alpha * rise * n**-alpha / n * np.sqrt(prior)
+        share = np.maximum(share / share.sum(), 0.01)
+        return share / share.sum()
+
+    np.testing.assert_allclose(answers[21], 0.9 * prior + 0.1 * rho(21), atol=1e-3)
+    average = 21 / 22 * prior + 1 / 22 * rho(21)  # p_avg after itr 21: 1 / (itr + 1) of rho
+    np.testing.assert_allclose(answers[22], 0.9 * average + 0.1 * rho(22), atol=1e-3)
+    assert np.abs(rho(21) - prior).max() > 0.05
+
+
 # Bandits
 
 
