@@ -307,7 +307,23 @@ def test_the_actor_learns_which_gradients_agree():
     np.testing.assert_array_equal(*paths)  # from its seed alone
     fresh = make_policy("acodm", seed=1)
     fresh.reset(table_of(4))
-    assert all(np.abs(p - q).max() > 1e-3 for p, q in zip(policy.actor.parameters, fresh.actor.parameters, strict=True))
+    own, first = policy.actor.parameters[:7], fresh.actor.parameters[:7]  # the last two shift all logits alike
+    assert all(np.abs(p - q).max() > 1e-3 for p, q in zip(own, first, strict=True))
+    slow = np.abs(policy._slow_actor.parameters[0] - first[0]).max()  # the target network trails behind
+    assert 1e-4 < slow < 0.7 * np.abs(own[0] - first[0]).max()
+
+
+@pytest.mark.parametrize("agreeing", [("a", "b"), ("b", "c")])
+def test_the_actor_follows_the_rewards_wherever_they_are(agreeing):
+    """The same losses in both cases; only whose gradients agree is different."""
+    gradients = np.array([[1.0, 0.2 * d] if name in agreeing else [-1.0, 0.1] for d, name in enumerate("abc")])
+    policy = make_policy("acodm", warmup_steps=0, updates=1)
+    policy.reset(table_of(3))
+    weights, rng = np.full(3, 1 / 3), np.random.default_rng(0)
+    for step in range(300):
+        losses = [3, 2, 1] + 0.02 * rng.standard_normal(3)
+        weights = policy.decide(observe(losses, weights, step=step, gram=gradients @ gradients.T))
+    assert weights["abc".index(({*"abc"} - {*agreeing}).pop())] < 0.05
 
 
 def test_while_warming_up_the_actor_imitates_odm():
