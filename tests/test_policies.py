@@ -57,9 +57,9 @@ def test_fields_needs_domains_of_a_field_that_gets_a_share():
 
 
 def test_unknown_name_and_option_are_named():
-    with pytest.raises(ConfigError, match="unknown policy 'agnet'; known policies are agent, ") as caught:
+    with pytest.raises(ConfigError, match="unknown policy 'agnet'; known policies are acodm, ") as caught:
         make_policy("agnet")
-    assert all(name in str(caught.value) for name in ("fields", "fixed", "natural", "uniform"))
+    assert all(name in str(caught.value) for name in ("agent", "fields", "fixed", "natural", "uniform"))
     with pytest.raises(ConfigError, match="cannot be made"):
         make_policy("natural", temperature=2)
     policy = make_policy("natural")
@@ -68,9 +68,22 @@ def test_unknown_name_and_option_are_named():
         make_policy(policy, weights=[1])
 
 
-def test_numba_loads_only_with_the_agent():
-    code = (
-        "import sys; from mixloader.policies import make_policy; make_policy('natural'); "
-        "assert 'numba' not in sys.modules; make_policy('agent'); assert 'numba' in sys.modules"
-    )
+def test_a_family_loads_when_it_is_asked_for_and_numba_only_with_the_agent():
+    code = """
+import sys
+from mixloader.policies import make_policy, policy_names
+make_policy("natural")
+names = policy_names()
+families = lambda: {name for name in sys.modules if name.startswith("mixloader.policies.")}
+assert families() == {"mixloader.policies." + name for name in ("base", "static")}, families()
+for name in set(names) - {"agent"}:
+    try:
+        make_policy(name)
+    except Exception as error:
+        assert "required positional argument" in str(error), error
+assert len(families()) > 8
+assert not {"numba", "scipy"} & set(sys.modules)
+make_policy("agent")
+assert "numba" in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -38,8 +38,17 @@ class Policy(Protocol):
 
 _FACTORIES: dict[str, Callable[..., Policy]] = {}
 
-_MODULES = {"agent": "mixloader.agent.policy"}
-"""Policies whose module is imported only when they are asked for: the agent's brings numba with it."""
+_MODULES = {
+    "agent": "mixloader.agent.policy",
+    **dict.fromkeys(("piecewise", "linear"), "mixloader.policies.scheduled"),
+    **dict.fromkeys(("doremi", "dbl", "velocitune"), "mixloader.policies.excess"),
+    "ado": "mixloader.policies.ado",
+    **dict.fromkeys(("exp3", "odm", "dynamixsft"), "mixloader.policies.bandits"),
+    **dict.fromkeys(("aioli", "skillit"), "mixloader.policies.crossdomain"),
+    **dict.fromkeys(("influence", "doge", "dga", "rb", "pike"), "mixloader.policies.gradient"),
+    "acodm": "mixloader.policies.actor_critic",
+}
+"""Policies whose module is imported only when they are asked for, so that importing mixloader stays light."""
 
 
 def register(name: str) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
@@ -50,6 +59,11 @@ def register(name: str) -> Callable[[Callable[..., Policy]], Callable[..., Polic
         return factory
 
     return add
+
+
+def policy_names() -> list[str]:
+    """The names that make_policy knows, sorted; imports nothing."""
+    return sorted({*_FACTORIES, *_MODULES})
 
 
 def make_policy(policy: str | Policy, **options: Any) -> Policy:
@@ -64,8 +78,7 @@ def make_policy(policy: str | Policy, **options: Any) -> Policy:
     if policy not in _FACTORIES and policy in _MODULES:
         import_module(_MODULES[policy])
     if policy not in _FACTORIES:
-        known = sorted({*_FACTORIES, *_MODULES})
-        raise ConfigError(f"unknown policy {policy!r}; known policies are {', '.join(known)}")
+        raise ConfigError(f"unknown policy {policy!r}; known policies are {', '.join(policy_names())}")
     try:
         return _FACTORIES[policy](**options)
     except TypeError as error:
