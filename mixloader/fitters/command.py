@@ -301,7 +301,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: expected KEY=VALUE")
-        settings[name] = yaml.safe_load(value)
+        settings[name] = _scalar(yaml.safe_load(value))
     return settings
 
 
@@ -315,7 +315,16 @@ def _of_domains(amounts: Mapping[str, float], domains: Sequence[str], what: str)
 def _numbers(path: Path, content: Any) -> dict[str, float]:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{path} holds {type(content).__name__}; expected {{domain: number}}")
-    for name, value in content.items():
+    numbers = {str(name): _scalar(value) for name, value in content.items()}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{path}: the number of domain {name!r} is {value!r}; expected a number")
-    return {str(name): float(value) for name, value in content.items()}
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def _scalar(value: Any) -> Any:
+    """What YAML made of a value, but 1e6 is a number, as in JSON: YAML 1.1 wants 1.0e+6."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
