@@ -61,7 +61,7 @@ def test_predictions_are_a_file_like_the_losses(swarm, capsys):
     assert (found.run_column, found.columns, found.runs) == (
         "index",
         ("web_loss", "code_loss"),
-        tuple("123456789") + ("10",),
+        (*tuple("123456789"), "10"),
     )
     np.testing.assert_allclose(found.values, LAW.predict(read_mixtures(swarm / "test.csv").values), atol=1e-3)
     printed = capsys.readouterr().out
@@ -91,7 +91,7 @@ def test_regmix_is_chosen_by_cross_validation_and_simulated(swarm, capsys):
         "--set",
         "rounds=60",
         "--set",
-        "rate=0.1",
+        "rate=1e-1",
         "--set",
         "bags=1",
         "--cv",
@@ -129,7 +129,7 @@ def test_olmix_files_are_matched_by_run_and_keep_their_conventions(tmp_path):
     mixtures, losses, runs = match(ratios, metrics)
     assert runs == tuple(names[2:])
     np.testing.assert_allclose(losses, LAW.predict(mixtures))
-    priors = {"priors": {"relative_sizes": PRIOR, "token_counts": {name: 100 for name in DOMAINS}}}
+    priors = {"priors": {"relative_sizes": PRIOR, "token_counts": dict.fromkeys(DOMAINS, 100)}}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(priors))
     swarm = ("--mixtures", tmp_path / "ratios.csv", "--losses", tmp_path / "metrics.csv")
     where = ("--propose", tmp_path / "out.json", "--prior", tmp_path / "fit.yaml", "--target_tokens", "1000")
