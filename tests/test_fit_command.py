@@ -169,6 +169,21 @@ def test_a_mixture_is_used_again_when_a_domain_is_added(swarm):
     assert json.loads((swarm / "again.json").read_text()) == pytest.approx(weights, abs=1e-6)
 
 
+def test_a_manifest_gives_prior_and_tokens(swarm):
+    """Files of 3,000, 1,500 and 500 tokens; a run of 10,000 that reads each at most 4 times caps the last at 0.2."""
+    (swarm / "data").mkdir()
+    for name, tokens in zip(DOMAINS, (3000, 1500, 500), strict=True):
+        np.arange(tokens, dtype=np.uint16).tofile(swarm / "data" / f"{name}.bin")
+    where = ("--data", swarm / "data", "--target_tokens", "10000")
+    assert run_cli("mixtures", swarm / "runs.csv", "-n", "50", *where) == 0
+    assert read_mixtures(swarm / "runs.csv").select(["code"]).max() <= 0.2
+    fitted = ("fit", "--method", "olmix", *runs_of(swarm), "--target", "code_loss", "--kl", "0")
+    assert run_cli(*fitted, "--propose", swarm / "w.json", *where) == 0
+    assert json.loads((swarm / "w.json").read_text())["code"] == pytest.approx(0.2)
+    assert run_cli(*fitted, "--propose", swarm / "w.json", "--data", swarm / "data", "--kl", "1e5") == 0
+    assert json.loads((swarm / "w.json").read_text()) == pytest.approx(PRIOR, abs=1e-3)
+
+
 def test_mixmin_reads_log_probabilities(tmp_path):
     (tmp_path / "probs.csv").write_text("length,field,web,code\n1,a,-1,-9\n1,a,-9,-1\n2,b,-2,-18\n2,b,-2,-18\n")
     (tmp_path / "prior.json").write_text('{"web": 1, "code": 1}')

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from mixloader import files
 from mixloader.errors import ConfigError
-from mixloader.files import replace
 from mixloader.fitters import FITTERS, GRIDS, Reuse, best_of, bounds, cross_validate, fit, propose, sample_mixtures
 from mixloader.fitters.crossval import spearman
 from mixloader.fitters.law import Law
@@ -44,9 +45,7 @@ def mixtures_main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     prior, tokens = _prior_and_tokens(args)
     names = tuple(prior)
-    lower, upper = _bounds(args, names, tokens)
-    if lower.any():
-        raise ConfigError("--floor is for proposals; mixtures of runs may leave a domain out")
+    lower, upper = _bounds(args, names, tokens, floor=0.0)
     reuse = None if args.reuse is None else Reuse(names, read_amounts(args.reuse)[0], args.virtual)
     amounts = np.array([list(prior.values())])
     if reuse is not None:
@@ -124,6 +123,7 @@ def _fit_parser() -> argparse.ArgumentParser:
     parser.add_argument("--search", choices=["exact", "simulation"], help="default: exact where the law is convex")
     parser.add_argument("--draws", type=int, default=100_000, help="mixtures simulated (default 100000)")
     parser.add_argument("--best", type=int, default=128, help="of them, averaged (default 128)")
+    parser.add_argument("--floor", type=float, default=0.0, help="least weight of every domain (default 0)")
     _add_domains(parser)
     return parser
 
@@ -141,7 +141,6 @@ def _add_domains(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", action="append", default=[], metavar="PATH", help="of --data: where shards may lie")
     parser.add_argument("--target_tokens", type=float, metavar="N", help="length of the run to come")
     parser.add_argument("--repetition", type=float, default=4.0, help="times a domain may be read in it (default 4)")
-    parser.add_argument("--floor", type=float, default=0.0, help="least weight of every domain")
     parser.add_argument("--reuse", type=Path, metavar="FILE", help="{domain: weight} of domains that stay one (Olmix)")
     parser.add_argument("--virtual", default="existing", metavar="NAME", help="what that one is called")
     parser.add_argument("--seed", type=int, default=0)
@@ -212,16 +211,17 @@ def _predict(
     if args.score is None:
         return
     losses = read_losses(args.score)
-    at = [row for row, run in enumerate(table.runs) if run in losses.runs]
-    real = match(table, losses)[1]
-    order = [losses.columns.index(field) for field in fields if field in losses.columns]
+    ours, real, _ = match(replace(table, columns=tuple(fields), values=predicted), losses)
     correlations = {
-        losses.columns[f]: spearman(predicted[at, fields.index(losses.columns[f])], real[:, f]) for f in order
+        field: spearman(ours[:, f], real[:, losses.columns.index(field)])
+        for f, field in enumerate(fields)
+        if field in losses.columns
     }
+    if not correlations:
+        raise ConfigError(f"{args.score} has none of the losses {', '.join(fields)}")
     for field, correlation in correlations.items():
         print(f"Spearman {correlation:.4f}  {field}")
-    if correlations:
-        print(f"Spearman {np.mean(list(correlations.values())):.4f}  mean")
+    print(f"Spearman {np.mean(list(correlations.values())):.4f}  mean")
 
 
 def _propose(
@@ -229,7 +229,7 @@ def _propose(
 ) -> None:
     prior, tokens = _prior_and_tokens(args)
     start = np.array([_of_domains(prior, domains, "the prior")])
-    lower, upper = _bounds(args, domains, tokens)
+    lower, upper = _bounds(args, domains, tokens, args.floor)
     if reuse is not None:
         lower, upper = reuse.bounds(lower, upper)
         start = reuse.total(start)
@@ -244,7 +244,7 @@ def _propose(
     if args.propose.suffix == ".csv":
         write_weights(args.propose, proposed)
     elif args.propose.suffix == ".json":
-        replace(args.propose, json.dumps(proposed, indent=1) + "\n")
+        files.replace(args.propose, json.dumps(proposed, indent=1) + "\n")
     else:
         raise ConfigError(f"--propose is {args.propose}; expected a name that ends in .json or .csv")
     shares = np.array(_of_domains(prior, domains, "the prior"))
@@ -267,16 +267,16 @@ def _prior_and_tokens(args: argparse.Namespace) -> tuple[dict[str, float], dict[
 
 
 def _bounds(
-    args: argparse.Namespace, names: Sequence[str], tokens: Mapping[str, float] | None
+    args: argparse.Namespace, names: Sequence[str], tokens: Mapping[str, float] | None, floor: float
 ) -> tuple[np.ndarray, np.ndarray]:
     if args.target_tokens is None:
-        return bounds(len(names), floor=args.floor, names=names)
+        return bounds(len(names), floor=floor, names=names)
     if tokens is None:
         raise ConfigError(
             "--target_tokens caps repetition, for which --tokens FILE or --data MANIFEST must say what there is"
         )
     return bounds(
-        len(names), floor=args.floor, names=names, tokens=_of_domains(tokens, names, "the tokens"),
+        len(names), floor=floor, names=names, tokens=_of_domains(tokens, names, "the tokens"),
         target_tokens=args.target_tokens, repetition=args.repetition,
     )  # fmt: skip
 

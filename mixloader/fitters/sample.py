@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mixloader.errors import ConfigError
 
 _ATTEMPTS = 2_000  # draws for each mixture that is wanted; RegMix makes 100
-_BATCH = 4_096
+_BATCH = 1 << 20  # numbers drawn at a time
 
 
 def sample_mixtures(
@@ -59,9 +59,10 @@ def sample_mixtures(
     ladder = np.geomspace(min_strength, max_strength, strengths)
     rng = np.random.default_rng(seed)
     found: dict[bytes, np.ndarray] = {}
-    for _ in range(-(-n * _ATTEMPTS // _BATCH)):
-        chosen = rng.integers(strengths, size=_BATCH)
-        draws = np.empty((_BATCH, len(p)))
+    batch = max(1, min(n * _ATTEMPTS, _BATCH // len(p)))
+    for _ in range(-(-n * _ATTEMPTS // batch)):
+        chosen = rng.integers(strengths, size=batch)
+        draws = np.empty((batch, len(p)))
         for s in range(strengths):  # one Generator call a strength
             draws[chosen == s] = rng.dirichlet(ladder[s] * centre, int((chosen == s).sum()))
         rounded = _round(np.where(draws < grid, 0.0, draws), units)
