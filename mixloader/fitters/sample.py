@@ -73,7 +73,7 @@ def sample_mixtures(
                 return np.stack(list(found.values())) / units
     raise ConfigError(
         f"found {len(found)} of {n} different mixtures within the caps in {n * _ATTEMPTS:,} draws; "
-        "raise max_usage or the caps, or min_strength, which keeps draws closer to the prior"
+        "raise max_usage, the caps, or the strengths, which keep draws near the prior"
     )
 
 
