@@ -54,7 +54,7 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch setuptools pybind11
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,remote,plot,dev]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[triton,hf,remote,fit,plot,dev]"
 	$(RUN) -m pip install -q -c constraints.txt --no-deps litdata megatron-core
 	touch $@
 

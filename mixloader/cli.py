@@ -1,4 +1,5 @@
-"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | report | fit-agent`.
+"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | report | mixtures |
+fit | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -29,6 +30,8 @@ USAGE = """usage: python -m mixloader VERB ...
   replay RECORD DATA [--steps N]     draw a recorded run's token stream again and print its checksum
   locate RECORD DATA --step S        say where the rows of a recorded step stood
   report RUN ...                     a table and a picture of finished runs
+  mixtures OUT -n N [...]            sample mixtures to train small runs on
+  fit --method NAME [...]            fit what such runs ended with (regmix, olmix, ...) and propose a mixture
   fit-agent [...]                    train the agent's weights anew
 
 `python -m mixloader VERB --help` says more."""
@@ -243,6 +246,18 @@ def report_verb(argv: Sequence[str]) -> int:
     return report(list(argv))
 
 
+def mixtures_verb(argv: Sequence[str]) -> int:
+    from mixloader.fitters.command import mixtures_main
+
+    return mixtures_main(list(argv))
+
+
+def fit_verb(argv: Sequence[str]) -> int:
+    from mixloader.fitters.command import fit_main
+
+    return fit_main(list(argv))
+
+
 def fit_agent_verb(argv: Sequence[str]) -> int:
     from mixloader.agent.fit import main as fit
 
@@ -295,5 +310,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "replay": replay_verb,
     "locate": locate_verb,
     "report": report_verb,
+    "mixtures": mixtures_verb,
+    "fit": fit_verb,
     "fit-agent": fit_agent_verb,
 }
