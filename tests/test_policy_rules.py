@@ -162,13 +162,32 @@ def test_exp3():
     np.testing.assert_allclose(decide("exp3", table_of(2), [seen]), expected, rtol=1e-12)
 
 
-def test_exp3_by_gain_pulls_only_arms_that_were_read():
-    first = observe([2.0, 3.0], [0.5, 0.5])
-    second = observe([1.6, math.nan], [0.5, 0.5], step=1)
-    # b was not read: its reward is none. a gained 0.4: 0.3 * (0.4 / 0.5) / 2 = 0.12. b was measured once: it moves.
-    second.loss.value[1], second.loss.age[1], second.loss.count[1] = 3.0, 1, 100
+def unread(observation, domain):
+    """The same, but this domain was read a step ago and not since."""
+    observation.loss.age[domain] = 1
+    return observation
+
+
+def test_exp3_pulls_only_arms_that_were_read():
+    seen = unread(observe([2.0, 3.0], step=1), 1)
+    answer = decide("exp3", table_of(2), [seen], gamma=0.0, update_steps=1)
+    np.testing.assert_allclose(answer, parts(math.exp(0.3 * 2.0 / 0.5 / 2), 1.0), rtol=1e-12)
+    # By gain: a has 0.4 less than before, so 0.3 * (0.4 / 0.5) / 2 = 0.12.
+    first, second = observe([2.0, 3.0]), unread(observe([1.6, 3.0], step=1), 1)
     answer = decide("exp3", table_of(2), [first, second], reward="gain", gamma=0.0, update_steps=1)
     np.testing.assert_allclose(answer, parts(math.exp(0.12), 1.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_odm_keeps_the_estimate_of_an_arm_that_was_not_read(form):
+    policy = make_policy("odm", form=form)
+    policy.reset(table_of(2))
+    policy.decide(observe([2.0, 3.0], [0.4, 0.6]))
+    before = policy.state_dict()["rewards"]
+    policy.decide(unread(observe([2.0, 3.0], [0.4, 0.6], step=1), 1))
+    after = policy.state_dict()["rewards"]
+    assert after[1] == before[1]
+    assert after[0] != before[0]
 
 
 def test_odm_as_in_the_paper():
