@@ -220,6 +220,8 @@ def test_a_sweep_recovers_the_matrix_whatever_the_lag():
                     pending[seen.effect_step] = sweep.mixture(active)
                 recent = []
             step += 1
+        told = [sweep.is_complete(observe(losses, step=step)) for step in (sweep.ends - 2, sweep.ends - 1)]
+        assert told == [False, True]  # the steps of the last trial have to be over
         np.testing.assert_allclose(sweep.solve(active), truth * 4, atol=tolerance)
 
 

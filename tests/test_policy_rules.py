@@ -129,19 +129,21 @@ def test_velocitune():
 
 def test_ado():
     """Losses that are power laws of n: rho and p as in the source's curr_dist, as far as the fit is exact."""
-    prior = np.array([0.5, 0.3, 0.2])
+    prior, drawn = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.7])
     floor, rise, alpha = np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 0.5]), np.array([0.41, 0.215, 0.605])
     policy = make_policy("ado", start_step=20, fit_steps=1000, ignore_steps=0)
     policy.reset(table_of(3, prior=prior))
     answers = []
     for step in range(23):
         losses = floor + rise * (step + 0.5) ** -alpha  # in the middle of the step, n in thousands of tokens
-        answers.append(policy.decide(observe(losses, prior, step=step)))
+        seen = ((step + 1) * 1000 * drawn).round().astype(np.int64)
+        answers.append(policy.decide(observe(losses, prior, step=step, seen=seen)))
     assert all(answer is None for answer in answers[:21])
 
-    def rho(step):  # h is the prior, which is what was read
+    def rho(step):
         n = step + 1
-        share = prior * alpha * rise * n**-alpha / n * np.sqrt(prior)
+        h = drawn + 0.9**n * (prior - drawn)  # from the prior, 0.1 a step to what was read
+        share = prior * alpha * rise * n**-alpha / n * np.sqrt(h)
         share = np.maximum(share / share.sum(), 0.01)
         return share / share.sum()
 
