@@ -126,8 +126,13 @@ def test_ado_leaves_what_is_learned_and_what_cannot_be():
 def test_an_ado_fit_takes_effect_one_decision_later_whatever_it_takes():
     policy = make_policy("ado", start_step=200, fit_steps=200, ignore_steps=0)
     policy.reset(table_of(2))
-    answers = [policy.decide(observe([3 / (i + 2) ** 0.3 + 1, 2.0], step=i)) is not None for i in range(203)]
-    assert answers.index(True) == 201  # the fit belongs to the decision after step 200
+    answers, fits = [], []
+    for step in range(603):
+        answers.append(policy.decide(observe([3 / (step + 2) ** 0.3 + 1, 2.0], step=step)) is not None)
+        if policy.state_dict()["next_laws"] is not None:
+            fits.append(step)
+    assert fits == [200, 400, 600]
+    assert answers.index(True) == 201
 
 
 # Bandits
@@ -220,6 +225,8 @@ def test_a_sweep_recovers_the_matrix_whatever_the_lag():
                     pending[seen.effect_step] = sweep.mixture(active)
                 recent = []
             step += 1
+        told = [sweep.is_complete(observe(losses, step=step)) for step in (sweep.ends - 2, sweep.ends - 1)]
+        assert told == [False, True]  # the steps of the last trial have to be over
         np.testing.assert_allclose(sweep.solve(active), truth * 4, atol=tolerance)
 
 

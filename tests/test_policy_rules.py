@@ -129,19 +129,21 @@ def test_velocitune():
 
 def test_ado():
     """Losses that are power laws of n: rho and p as in the source's curr_dist, as far as the fit is exact."""
-    prior = np.array([0.5, 0.3, 0.2])
+    prior, drawn = np.array([0.5, 0.3, 0.2]), np.array([0.1, 0.2, 0.7])
     floor, rise, alpha = np.array([2.0, 1.0, 3.0]), np.array([1.0, 2.0, 0.5]), np.array([0.41, 0.215, 0.605])
     policy = make_policy("ado", start_step=20, fit_steps=1000, ignore_steps=0)
     policy.reset(table_of(3, prior=prior))
     answers = []
     for step in range(23):
         losses = floor + rise * (step + 0.5) ** -alpha  # in the middle of the step, n in thousands of tokens
-        answers.append(policy.decide(observe(losses, prior, step=step)))
+        seen = ((step + 1) * 1000 * drawn).round().astype(np.int64)
+        answers.append(policy.decide(observe(losses, prior, step=step, seen=seen)))
     assert all(answer is None for answer in answers[:21])
 
-    def rho(step):  # h is the prior, which is what was read
+    def rho(step):
         n = step + 1
-        share = prior * alpha * rise * n**-alpha / n * np.sqrt(prior)
+        h = drawn + 0.9**n * (prior - drawn)  # from the prior, 0.1 a step to what was read
+        share = prior * alpha * rise * n**-alpha / n * np.sqrt(h)
         share = np.maximum(share / share.sum(), 0.01)
         return share / share.sum()
 
@@ -162,13 +164,32 @@ def test_exp3():
     np.testing.assert_allclose(decide("exp3", table_of(2), [seen]), expected, rtol=1e-12)
 
 
-def test_exp3_by_gain_pulls_only_arms_that_were_read():
-    first = observe([2.0, 3.0], [0.5, 0.5])
-    second = observe([1.6, math.nan], [0.5, 0.5], step=1)
-    # b was not read: its reward is none. a gained 0.4: 0.3 * (0.4 / 0.5) / 2 = 0.12. b was measured once: it moves.
-    second.loss.value[1], second.loss.age[1], second.loss.count[1] = 3.0, 1, 100
+def unread(observation, domain):
+    """The same, but this domain was read a step ago and not since."""
+    observation.loss.age[domain] = 1
+    return observation
+
+
+def test_exp3_pulls_only_arms_that_were_read():
+    seen = unread(observe([2.0, 3.0], step=1), 1)
+    answer = decide("exp3", table_of(2), [seen], gamma=0.0, update_steps=1)
+    np.testing.assert_allclose(answer, parts(math.exp(0.3 * 2.0 / 0.5 / 2), 1.0), rtol=1e-12)
+    # By gain: a has 0.4 less than before, so 0.3 * (0.4 / 0.5) / 2 = 0.12.
+    first, second = observe([2.0, 3.0]), unread(observe([1.6, 3.0], step=1), 1)
     answer = decide("exp3", table_of(2), [first, second], reward="gain", gamma=0.0, update_steps=1)
     np.testing.assert_allclose(answer, parts(math.exp(0.12), 1.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_odm_keeps_the_estimate_of_an_arm_that_was_not_read(form):
+    policy = make_policy("odm", form=form)
+    policy.reset(table_of(2))
+    policy.decide(observe([2.0, 3.0], [0.4, 0.6]))
+    before = policy.state_dict()["rewards"]
+    policy.decide(unread(observe([2.0, 3.0], [0.4, 0.6], step=1), 1))
+    after = policy.state_dict()["rewards"]
+    assert after[1] == before[1]
+    assert after[0] != before[0]
 
 
 def test_odm_as_in_the_paper():
