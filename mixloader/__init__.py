@@ -11,6 +11,7 @@ for batch in loader:
 
 from importlib.metadata import version as _version
 
+from mixloader.influence import Influence
 from mixloader.loader import MixLoader
 from mixloader.loss import DomainCrossEntropy, domain_cross_entropy
 from mixloader.manifest import Manifest
@@ -26,6 +27,7 @@ __version__ = _version("mixloader")
 __all__ = [
     "DomainCrossEntropy",
     "DomainStats",
+    "Influence",
     "Manifest",
     "MixLoader",
     "Mixer",

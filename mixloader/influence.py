@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixloader.batch import IGNORED
-from mixloader.errors import ConfigError, StateError, StatsError
+from mixloader.errors import ConfigError, StateError
+from mixloader.influence_table import InfluenceSnapshot
 from mixloader.probe_rows import ProbeRows, Probes, field_probes
-from mixloader.row_sums import InfluenceTable, RowSums, pack_table, unpack_table
-from mixloader.sketch import Sketcher, plain_name
+from mixloader.row_sums import RowSums
+from mixloader.sketch import Pass, Sketcher, plain_name
+from mixloader.stats import recomputing
 
 if TYPE_CHECKING:
     from mixloader.loader import MixLoader
@@ -60,7 +60,12 @@ class Influence:
         logits: Callable[[nn.Module, Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ):
-        for name, value in {"rank": rank, "stride": stride, "probe_every": probe_every, "probe_rows": probe_rows}.items():
+        for name, value in {
+            "rank": rank,
+            "stride": stride,
+            "probe_every": probe_every,
+            "probe_rows": probe_rows,
+        }.items():
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
         if not 0 < half_life < float("inf"):
@@ -72,7 +77,7 @@ class Influence:
         self._sketcher = Sketcher(model, rank, layers, seed)
         self.layers = self._sketcher.names
         self._by_backward = False
-        self._passes: list[_Pass] = []
+        self._passes: list[Pass] = []
         self.step = 0  # the plan step that comes next
 
     def begin(self, names: Sequence[str], batch_size: int, rows: ProbeRows | None = None) -> None:
@@ -128,10 +133,11 @@ class Influence:
         domain_ids: [B], or one a token, the same within a row; -1 counts nowhere. domain_weights: [D], factors of
         the token losses, which are divided out again.
         """
-        if not self._sketcher.enabled or not loss.requires_grad:
+        if not self._sketcher.enabled or not loss.requires_grad or recomputing():
             return
         self._collect()
-        now = _Pass(self._sketcher, domain_ids, divisor, domain_weights)
+        self._sketcher.running = None
+        now = Pass(self._sketcher, domain_ids, divisor, domain_weights)
         loss.register_hook(now.begin)
         self._passes.append(now)
         self._sketcher.prepare(self.batch_size, self._device)
@@ -279,124 +285,18 @@ class Influence:
         settings = json.dumps([self.rank, self.seed, self.half_life, self.fields, list(map(plain_name, self.layers))])
         return torch.tensor(list(hashlib.sha256(settings.encode()).digest()), dtype=torch.uint8)
 
+    def settings(self) -> dict[str, Any]:
+        """What a run record says of it. JSON-able."""
+        return {
+            "fields": list(self.fields),
+            "layers": len(self.layers),
+            **{key: getattr(self, key) for key in ("rank", "stride", "probe_every", "probe_rows", "half_life", "seed")},
+        }
+
     def close(self) -> None:
-        """Take the hooks away from the model."""
+        """Take the hooks away from the model. A Mixer that is closed calls it."""
         self._sketcher.close()
         self._passes = []
-
-
-class InfluenceSnapshot:
-    """What is known of influence after a plan step, on its way to the host.
-
-    On a GPU all is in its streams. On a CPU with several ranks the sum over ranks is under way, and who needs it first
-    finishes it: the policy's thread, or the next step with sketches.
-    """
-
-    def __init__(
-        self,
-        step: int,
-        fields: tuple[str, ...],
-        names: tuple[str, ...],
-        domain_sums: RowSums,
-        field_sums: RowSums,
-        new: tuple[bool, bool],
-        group: dist.ProcessGroup | None,
-    ):
-        self._step, self._fields, self._names, self._sides = step, fields, names, (domain_sums, field_sums)
-        self._new = new
-        self._lock = threading.Lock()
-        self._host: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-        self._told = False
-        self._works = [
-            dist.all_reduce(side.new, group=group, async_op=True)
-            for side, is_new in zip(self._sides, new, strict=True)
-            if is_new and group is not None
-        ]
-        if not self._works or domain_sums.new.is_cuda:
-            self.fold()
-
-    def fold(self) -> None:
-        """Add what the ranks measured to the sums, once."""
-        with self._lock:
-            if self._host is not None:
-                return
-            for work in self._works:
-                work.wait()  # with NCCL it holds the stream, not the host
-            for side, is_new in zip(self._sides, self._new, strict=True):
-                if is_new:
-                    side.fold(self._step)
-            table = pack_table(*self._sides)
-            if not table.is_cuda:
-                self._host = table
-                return
-            host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-            self._copied = torch.cuda.Event(blocking=True)
-            host.copy_(table, non_blocking=True)
-            self._copied.record()
-            self._host = host
-
-    def ready(self) -> bool:
-        """True once `wait` would return without waiting."""
-        if self._host is None:
-            return all(work.is_completed() for work in self._works)
-        return self._copied is None or self._copied.query()
-
-    def wait(self) -> InfluenceTable:
-        """Block until the numbers are on the host, and return them.
-
-        Raises StatsError, once, with the table as its attribute, if a row of the step had a domain that is not there.
-        """
-        self.fold()
-        if self._copied is not None:
-            self._copied.synchronize()
-        assert self._host is not None
-        table = unpack_table(self._host.numpy(), self._fields)
-        if table.bad[1] and not self._told:
-            self._told = True
-            raise StatsError(
-                f"{table.bad[1]} rows of plan step {self._step} have a domain id that is not in "
-                f"[-1, {len(self._names)}), or ids that differ within the row; influence takes one domain a row",
-                table,
-            )
-        return table
-
-
-class _Pass:
-    """One forward pass, and whose its rows are."""
-
-    def __init__(self, sketcher: Sketcher, ids: Tensor, divisor: Tensor | float | None, weights: Tensor | None):
-        self._sketcher, self._zeros = sketcher, sketcher.zeros
-        self._ids, self._divisor, self._weights = ids.detach(), divisor, weights
-        for zero in self._zeros:
-            zero.grad = None  # of a pass that was not counted
-        self.scale: Tensor | None = None
-
-    def begin(self, gradient: Tensor) -> None:
-        """Hook of the loss: its backward pass begins, and says what the loss was multiplied with."""
-        self.scale = gradient.detach()
-        self._sketcher.running = self._zeros
-
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sketches [B, size] of the sums of token losses, domains [B] and units [B], 0 where a row has no gradient."""
-        assert self.scale is not None
-        sketches = self._sketcher.rows_of([zero.grad for zero in self._zeros])
-        n = len(sketches)
-        if self._ids.numel() % n or (self.scale.numel() != 1 and self.scale.numel() % n):
-            raise ConfigError(
-                f"the layers saw {n} rows, but the loss has domain_ids of shape {list(self._ids.shape)}; expected one "
-                "for each row, or one for each token"
-            )
-        ids = self._ids.to(sketches.device).reshape(n, -1).long()
-        ids = torch.where((ids == ids[:, :1]).all(1), ids[:, 0], -2)
-        # Token losses with factors of their own (reduction "none"): the largest of the row, so that masks do no harm.
-        scale = self.scale.expand(n) if self.scale.numel() == 1 else self.scale.reshape(n, -1).abs().amax(1)
-        if self._weights is not None:
-            scale = scale * self._weights[ids.clamp(0, len(self._weights) - 1)]
-        if self._divisor is not None:
-            scale = scale / self._divisor
-        there = scale != 0
-        return sketches / torch.where(there, scale, 1.0)[:, None], ids, there.float()
 
 
 def _share(rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
@@ -416,6 +316,9 @@ def _default_logits(model: nn.Module, inputs: Tensor) -> Tensor:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Without DDP, which wants a backward pass over all parameters after each forward pass, and without compile."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
+    while True:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        inner = getattr(model, "_orig_mod", inner)
+        if inner is None:
+            return model
+        model = inner

@@ -103,11 +103,17 @@ def domain_cross_entropy(
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if reduction != "none" and differentiable and logits.dtype != torch.float16 and not compiling:
         scale = torch.ones(1, dtype=dtype, device=logits.device) if divisor is None else divisor[1:]
-        return ReducedLoss.apply(inputs.logits, inputs, options, sums, divisor, scale, in_place)
-    losses = token_losses(inputs, options, sums, in_place and not compiling)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    return losses.sum() if divisor is None else losses.sum() / divisor[0]
+        loss = ReducedLoss.apply(inputs.logits, inputs, options, sums, divisor, scale, in_place)
+    else:
+        losses = token_losses(inputs, options, sums, in_place and not compiling)
+        if reduction == "none":
+            loss = losses.view(targets.shape)
+        else:
+            loss = losses.sum() if divisor is None else losses.sum() / divisor[0]
+    if stats is not None and sums is not None and stats.influence is not None and not compiling:
+        assert inputs.domain_ids is not None
+        stats.influence.rows(loss, inputs.domain_ids, None if divisor is None else divisor[0], inputs.domain_weights)
+    return loss
 
 
 class DomainCrossEntropy(torch.nn.Module):

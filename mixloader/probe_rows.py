@@ -101,8 +101,6 @@ def field_probes(loader: MixLoader) -> Probes:
 def _in_turn(loader: MixLoader, names: list[str]) -> list[Batch]:
     """Windows one by one: the first of each domain, then the second of each, ..."""
     each = -(-POOL // len(names))
-    windows = [
-        list(loader.held_out(1, windows_per_domain=each, domains=[name])) for name in names
-    ]
+    windows = [list(loader.held_out(1, windows_per_domain=each, domains=[name])) for name in names]
     rounds = chain.from_iterable(zip_longest(*windows))
     return [window for window in rounds if window is not None]

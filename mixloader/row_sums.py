@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +28,9 @@ class RowSums:
         self.sums = torch.zeros(groups, width, device=device)
         self.weights = torch.zeros(groups, 2, device=device)  # sums of w² and of w² |sketch|², w the decayed weights
         self.steps = torch.full((groups,), -1.0, dtype=torch.float64, device=device)  # of the latest rows
-        self.bad = torch.zeros(2, device=device)  # rows left out: not finite, ever; of an unknown group, at the last fold
+        self.bad = torch.zeros(
+            2, device=device
+        )  # rows left out: not finite, ever; of an unknown group, at the last fold
 
     def add(self, sketches: Tensor, groups: Tensor, units: Tensor, means: Tensor | None) -> None:
         """Add rows. sketches: [n, size]; groups: int64 [n], -1 counts nowhere; units: [n], what `mean` divides by,
@@ -43,7 +43,9 @@ class RowSums:
         finite = squares.isfinite()
         counted = known & finite & (units > 0)
         # The mean of a group without rows is NaN.
-        products = sketches @ means.nan_to_num().T if means is not None else squares.new_zeros(len(squares), self.others)
+        products = (
+            sketches @ means.nan_to_num().T if means is not None else squares.new_zeros(len(squares), self.others)
+        )
         ones = torch.ones_like(squares)
         columns = torch.stack([ones, units, squares, ones * (means is not None)], 1)
         rows = torch.cat([sketches, columns, products, products.square()], 1)
@@ -78,8 +80,11 @@ class RowSums:
         return self._column(2) / self._column(0)
 
     def gram(self, means: Tensor) -> Tensor:
-        """[groups, groups]: inner products of the means, where a unit is a row. The diagonal is without the noise of the mean: the unbiased
-        ((sum w s)² - sum w² s²) / ((sum w)² - sum w²), NaN for a single row."""
+        """[groups, groups]: inner products of the means, where a unit is a row.
+
+        The diagonal is without the noise of the mean: ((sum w s)² - sum w² s²) / ((sum w)² - sum w²) is unbiased. It is
+        NaN for a single row.
+        """
         gram = means @ means.T
         rows, (weights, norms) = self._column(0).square(), self.weights.T
         unbiased = (gram.diagonal() * rows - norms) / (rows - weights)
@@ -98,11 +103,10 @@ class RowSums:
         """The same with more groups, or more on the other side, of which nothing is known."""
         grown = RowSums(groups, self.size, others, self.half_life, self.sums.device)
         fixed = self.size + _COLUMNS
-        for old, new in ((self.sums, grown.sums), (self.new[:-1], grown.new[:-1])):
-            new[: self.groups, :fixed] = old[:, :fixed]
-            for part in range(2):
-                begin, before = fixed + part * others, fixed + part * self.others
-                new[: self.groups, begin : begin + self.others] = old[:, before : before + self.others]
+        grown.sums[: self.groups, :fixed] = self.sums[:, :fixed]
+        for part, products in enumerate(self.sums[:, fixed:].split(self.others, 1)):
+            begin = fixed + part * others
+            grown.sums[: self.groups, begin : begin + self.others] = products
         grown.weights[: self.groups], grown.steps[: self.groups] = self.weights, self.steps
         grown.bad += self.bad
         return grown
@@ -117,57 +121,3 @@ class RowSums:
 
     def _column(self, number: int) -> Tensor:
         return self.sums[:, self.size + number]
-
-
-@dataclass(frozen=True, eq=False)
-class InfluenceTable:
-    """What was measured of influence, on the host; NaN where nothing was. D domains, F fields.
-
-    value, std: float64 [D, F]; inner product of the mean gradient of a row of the domain (of the sum of its token
-    losses) with the gradient of the field's mean token loss: by how much one row of SGD with learning rate 1 lowers the
-    field's loss, in nats a token. std: standard error, from the spread over training rows and over probe rows.
-    gram: float64 [D, D], of the mean row gradients. row_norm_sq: float64 [D].
-    rows: float64 [D], rows behind the mean, decay counted. step, probe_step: int64 [D], [F]: the plan steps of the
-    latest rows, -1 for none. bad: int64 [2], rows left out: ever, as their gradient was not finite; of the latest step,
-    as their domain is not known.
-    """
-
-    fields: tuple[str, ...]
-    value: np.ndarray
-    std: np.ndarray
-    gram: np.ndarray
-    row_norm_sq: np.ndarray
-    rows: np.ndarray
-    step: np.ndarray
-    probe_step: np.ndarray
-    bad: np.ndarray
-
-
-def pack_table(domains: RowSums, fields: RowSums) -> Tensor:
-    """float64, flat: an InfluenceTable on the device."""
-    means, probes = domains.means(), fields.means()
-    parts = (
-        means @ probes.T,
-        (domains.variance() + fields.variance().T).sqrt(),
-        domains.gram(means),
-        domains.norm_sq(),
-        domains.count(),
-        domains.steps,
-        fields.steps,
-        domains.bad,
-    )
-    return torch.cat([part.double().flatten() for part in parts])
-
-
-def unpack_table(flat: np.ndarray, fields: tuple[str, ...]) -> InfluenceTable:
-    """What pack_table gave, on the host."""
-    f = len(fields)
-    # D² + D (2 F + 3) + F + 2 numbers.
-    d = round((math.sqrt((2 * f + 3) ** 2 + 4 * (len(flat) - f - 2)) - (2 * f + 3)) / 2)
-    shapes = ((d, f), (d, f), (d, d), (d,), (d,), (d,), (f,), (2,))
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    parts = [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes, strict=True)]
-    value, std, gram, norm, rows, step, probe_step, bad = parts
-    return InfluenceTable(
-        fields, value, std, gram, norm, rows, step.astype(np.int64), probe_step.astype(np.int64), bad.astype(np.int64)
-    )

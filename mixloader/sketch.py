@@ -54,10 +54,10 @@ class Sketcher:
 
     def device(self) -> torch.device:
         """Where the first layer's weight is."""
-        return next(iter(self._modules.values())).weight.device  # type: ignore[union-attr, return-value]
+        return next(iter(self._modules.values())).weight.device  # type: ignore[return-value]
 
     def prepare(self, rows: int, device: torch.device) -> None:
-        """New `zeros`, for a pass over so many rows. They are set here, not in the hooks: torch.compile makes no leaves.
+        """New `zeros`, for a pass over so many rows; not made in the hooks, as torch.compile makes no leaves.
 
         They share their memory, which nothing writes to.
         """
@@ -68,13 +68,15 @@ class Sketcher:
 
     def rows_of(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """float32 [rows, size]: the sketches of rows from what autograd gave for the zeros of a pass."""
+        parts = []
         for name, gradient in zip(self.names, gradients, strict=True):
             if gradient is None:
                 raise ConfigError(
-                    f"layer {name} gave no sketch in a pass over {self.zeros[0].shape[0]} rows: it was not used, or its "
-                    "input is not [rows, ..., features], row by row as in the batch; leave it out with `layers`"
+                    f"layer {name} gave no sketch in a pass over {self.zeros[0].shape[0]} rows: it was not used, or "
+                    "its input is not [rows, ..., features], row by row as in the batch; leave it out with `layers`"
                 )
-        return torch.cat([gradient.flatten(1) for gradient in gradients], 1) / self.rank
+            parts.append(gradient.flatten(1))
+        return torch.cat(parts, 1) / self.rank
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -96,6 +98,43 @@ class Sketcher:
             return _Tap.apply(output, inputs[0], *self._signs[number], zeros[number])
 
         return tap
+
+
+class Pass:
+    """One forward pass, and whose its rows are."""
+
+    def __init__(self, sketcher: Sketcher, ids: Tensor, divisor: Tensor | float | None, weights: Tensor | None):
+        self._sketcher, self._zeros = sketcher, sketcher.zeros
+        self._ids, self._divisor, self._weights = ids.detach(), divisor, weights
+        for zero in self._zeros:
+            zero.grad = None  # of a pass that was not counted
+        self.scale: Tensor | None = None
+
+    def begin(self, gradient: Tensor) -> None:
+        """Hook of the loss: its backward pass begins, and says what the loss was multiplied with."""
+        self.scale = gradient.detach()
+        self._sketcher.running = self._zeros
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sketches [B, size] of the sums of token losses, domains [B] and units [B], 0 where a row has no gradient."""
+        assert self.scale is not None
+        sketches = self._sketcher.rows_of([zero.grad for zero in self._zeros])
+        n = len(sketches)
+        if self._ids.numel() % n or (self.scale.numel() != 1 and self.scale.numel() % n):
+            raise ConfigError(
+                f"the layers saw {n} rows, but the loss has domain_ids of shape {list(self._ids.shape)}; expected one "
+                "for each row, or one for each token"
+            )
+        ids = self._ids.to(sketches.device).reshape(n, -1).long()
+        ids = torch.where((ids == ids[:, :1]).all(1), ids[:, 0], -2)
+        # Token losses with factors of their own (reduction "none"): the largest of the row, so that masks do no harm.
+        scale = self.scale.expand(n) if self.scale.numel() == 1 else self.scale.reshape(n, -1).abs().amax(1)
+        if self._weights is not None:
+            scale = scale * self._weights[ids.clamp(0, len(self._weights) - 1)]
+        if self._divisor is not None:
+            scale = scale / self._divisor
+        there = scale != 0
+        return sketches / torch.where(there, scale, 1.0)[:, None], ids, there.float()
 
 
 class _Tap(torch.autograd.Function):
@@ -134,7 +173,11 @@ def _linear_layers(model: nn.Module, patterns: str | Sequence[str] | None) -> di
     found = {
         name: module
         for name, module in linear.items()
-        if (any(fnmatch.fnmatchcase(name, p) for p in wanted) if wanted is not None else not blocks or id(module) in blocks)
+        if (
+            any(fnmatch.fnmatchcase(name, p) for p in wanted)
+            if wanted is not None
+            else not blocks or id(module) in blocks
+        )
     }
     if not found:
         what = f"none that matches {wanted}" if wanted is not None and linear else "none"
@@ -156,7 +199,7 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     """Features in and out."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # type: ignore[union-attr, return-value, arg-type]
+    return tuple(module.weight.shape)  # type: ignore[return-value, arg-type]
 
 
 def _signs(seed: int, name: str, side: str, width: int, rank: int) -> Tensor:

@@ -1,0 +1,2 @@
+def cost_rows(*a):
+    return []

@@ -1,0 +1,2 @@
+def curve_rows(*a):
+    return []
