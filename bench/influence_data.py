@@ -59,7 +59,7 @@ def demo_task(out: Path) -> Task:
     train, test = _open(out)
     special = {"math_docs", "arithmetic", "word_problems"}
     return Task(
-        train, test, replace(base.base_model(), dropout=0.0), base.PARAMETERS, 128, 16, base.SEQ_LEN,
+        train, test, replace(base.base_model(), dropout=0.0), base.PARAMETERS, 128, 8, base.SEQ_LEN,
         _halves([n for n in train.names if n not in special], sorted(special)),
         _halves(["python_docs", "legal"], ["math_docs"]),
     )  # fmt: skip

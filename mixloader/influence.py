@@ -201,24 +201,23 @@ class Influence:
                 module.training = training
 
     def _probe_sketches(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """float32 [n, size]. Gradients of parameters are neither computed nor changed."""
+        """float32 [n, size]. Gradients of parameters are not changed and, but for one variant of checkpointing, not
+        computed."""
         if not self._by_backward:
-            try:
-                return self._run_probe(inputs, targets)
-            except RuntimeError as error:
-                if "Checkpointing is not compatible with .grad()" not in str(error):
-                    raise
+            sketches = self._run_probe(inputs, targets)
+            if all(sketch is not None for sketch in sketches):
+                return self._sketcher.rows_of(sketches)
+            # The reentrant variant of activation checkpointing hides its layers from autograd.grad().
             self._by_backward = True
-        # The reentrant variant of activation checkpointing only knows backward(), which gives gradients to all.
         kept = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         self.model.zero_grad(set_to_none=True)
         try:
-            return self._run_probe(inputs, targets)
+            return self._sketcher.rows_of(self._run_probe(inputs, targets))
         finally:
             for parameter, gradient in kept:
                 parameter.grad = gradient
 
-    def _run_probe(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _run_probe(self, inputs: Tensor, targets: Tensor) -> Sequence[Tensor | None]:
         self._sketcher.prepare(len(inputs), self._device)
         zeros = self._sketcher.running = self._sketcher.zeros
         autocast = nullcontext() if self.dtype is None else torch.autocast(self._device.type, dtype=self.dtype)
@@ -234,9 +233,9 @@ class Influence:
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
         if not self._by_backward:
-            return self._sketcher.rows_of(torch.autograd.grad(loss, zeros, allow_unused=True))
+            return torch.autograd.grad(loss, zeros, allow_unused=True)
         loss.backward()
-        return self._sketcher.rows_of([zero.grad for zero in zeros])
+        return [zero.grad for zero in zeros]
 
     # Domains that come, and state
 

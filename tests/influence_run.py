@@ -51,7 +51,9 @@ def begin(model: nn.Module, batch_size: int, **options: Any) -> tuple[Influence,
     return influence, stats
 
 
-def backward(model: nn.Module, stats: DomainStats, batch: dict[str, Tensor], factor: float = 1.0, **options: Any) -> None:
+def backward(
+    model: nn.Module, stats: DomainStats, batch: dict[str, Tensor], factor: float = 1.0, **options: Any
+) -> None:
     logits = model(batch["input_ids"])
     loss = domain_cross_entropy(logits, batch["targets"], batch["domain_ids"], stats=stats, **options)
     (loss * factor).backward()
