@@ -51,7 +51,7 @@ class Task:
 
 
 def demo_task(out: Path) -> Task:
-    """The demo's eight domains and its base model, which has read five of them; two of those and one other are probed."""
+    """The demo's eight domains and its base model, which has read five; two of those and one other are probed."""
     fields = {"python_docs": "source", "legal": "source", "math_docs": "target"}
     if not (out / "train" / "manifest.json").exists():
         corpus = build_corpus()

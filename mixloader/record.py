@@ -319,7 +319,7 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
 def _padded(line: dict[str, Any], size: int) -> dict[str, Any]:
     """A line of a time with fewer domains, for `size` of them."""
     blanks: dict[str, Any] = {"weights": 0, "counts": 0, "loss_tokens": 0, "loss": None}
-    if line.get("influence"):
+    if line["type"] == "decision" and line.get("influence"):
         blanks["influence"] = [None] * len(line["influence"][0])
     return line | {
         key: line[key] + [blank] * (size - len(line[key]))

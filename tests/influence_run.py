@@ -43,7 +43,7 @@ def probes() -> dict[str, list[dict[str, Tensor]]]:
 
 
 def begin(model: nn.Module, batch_size: int, **options: Any) -> tuple[Influence, DomainStats]:
-    options = {"rank": 16, "stride": 1, "probe_every": 1, "probe_rows": 8} | options
+    options = {"rank": 16, "stride": 1, "probe_every": 1, "probe_rows": 8, "half_life": 20.0} | options
     influence = Influence(model, probes(), **options)
     influence.begin(NAMES, batch_size)
     stats = DomainStats(D)
