@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,56 +46,48 @@ def counted(
     }  # fmt: skip
 
 
-def measured(rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of processor time of a step of 4 x 256 tokens of a GPT of width 384, in turn: plain, with sketches, and a probe."""
-    torch.manual_seed(0)
-    size = {"vocab_size": 2048, "seq_len": 256, "n_layer": 4, "n_head": 6, "n_embd": 384}
-    model = build_model(ModelConfig(**size))
-    x = torch.randint(0, 2048, (4, 256))
-    ids, names = torch.arange(4), tuple("abcd")
-    probes = {"source": [{"input_ids": x, "targets": x}], "target": [{"input_ids": x, "targets": x}]}
-    found = []
+KINDS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "sketch": {"stride": 1, "probe_every": 10**9},
+    "probe of 4 rows": {"stride": 10**9, "probe_every": 1, "probe_rows": 2},
+}
 
-    def step(stats: DomainStats, end) -> float:
-        begin = time.process_time()  # one thread: a busy machine does no harm
-        domain_cross_entropy(model(x), x, ids, stats=stats).backward()
-        end()
+
+def stepper(options: dict[str, Any] | None, rank: int) -> Callable[[], float]:
+    """Takes a step of 4 x 256 tokens of a GPT of width 384 and says its seconds of processor time, in one thread."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(vocab_size=2048, seq_len=256, n_layer=4, n_head=6, n_embd=384))
+    x = torch.randint(0, 2048, (4, 256))
+    stats, influence = DomainStats(4), None
+    if options is not None:
+        probes = {field: [{"input_ids": x, "targets": x}] for field in ("source", "target")}
+        stats.influence = influence = Influence(model, probes, rank=rank, **options)
+        influence.begin(tuple("abcd"), 4)
+
+    def step() -> float:
+        begin = time.process_time()
+        domain_cross_entropy(model(x), x, torch.arange(4), stats=stats).backward()
+        if influence is not None:
+            influence.end_step()
         seconds = time.process_time() - begin
         model.zero_grad()
         return seconds
 
+    step()
+    return step
+
+
+def measured(rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a plain step, and what a step with sketches or with a probe takes more, in turn."""
+    found = []
     for rank in (8, 16, 32):
-        sketching = Influence(model, probes, rank=rank, stride=1, probe_every=10**9)
-        probing = Influence(model, probes, rank=rank, stride=10**9, probe_every=1, probe_rows=2)
-        stats = {}
-        for name, influence in (("sketch", sketching), ("probe of 4 rows", probing)):
-            influence.begin(names, 4)
-            stats[name] = DomainStats(4)
-            stats[name].influence = influence
-        measures = {
-            "plain": lambda: step(DomainStats(4), lambda: None),
-            "sketch": lambda stats=stats: step(stats["sketch"], sketching.end_step),
-            "probe of 4 rows": lambda stats=stats: step(stats["probe of 4 rows"], probing.end_step),
+        times = in_turn({kind: stepper(options, rank) for kind, options in KINDS.items()}, rounds)
+        more = {
+            kind: spread([t / plain - 1 for t, plain in zip(times[kind], times["plain"], strict=True)])
+            for kind in list(KINDS)[1:]
         }
-        sketching.at(1)  # without sketches while the others are measured
-        for measure in measures.values():
-            measure()
-        times: dict[str, list[float]] = {name: [] for name in measures}
-        for _ in range(rounds):
-            for name, measure in measures.items():
-                sketching._sketcher.enabled = name == "sketch"
-                if name == "sketch":
-                    sketching.at(0)
-                times[name] += in_turn({name: measure}, 1)[name]
-                sketching._sketcher.enabled = False
-        extra = {
-            name: spread([t / p - 1 for t, p in zip(times[name], times["plain"], strict=True)])
-            for name in ("sketch", "probe of 4 rows")
-        }
-        found.append({"rank": rank, "plain ms": float(np.median(times["plain"])) * 1e3, "more than plain": extra})
+        found.append({"rank": rank, "plain ms": float(np.median(times["plain"])) * 1e3, "more than plain": more})
         print(found[-1], flush=True)
-        for influence in (sketching, probing):
-            influence.close()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Any
 
 import numpy as np
@@ -14,55 +15,69 @@ from mixloader.sketch import Sketcher
 
 RANKS = (4, 8, 16, 32, 64)
 LAYERS = {
-    "all linear layers of the blocks": None,
-    "and the head": "*",
+    "all linear layers of the blocks": ["h.*"],
+    "and the head": ["*"],
     "every other block": ["h.0.*", "h.2.*"],
-    "MLPs": "*.mlp.*",
-    "attention": "*.attn.*",
-    "c_attn": "*.c_attn",
-    "mlp.c_proj": "*.mlp.c_proj",
+    "MLPs": ["*.mlp.*"],
+    "attention": ["*.attn.*"],
+    "c_attn": ["*.c_attn"],
+    "mlp.c_proj": ["*.mlp.c_proj"],
 }
 ROWS, PROBE_ROWS = 16, 16
 
 
-def curve_rows(task: Task, seeds: int = 5) -> list[dict[str, Any]]:
+def curve_rows(task: Task, seeds: int = 3) -> list[dict[str, Any]]:
     """Pearson correlation of the [D, F] inner products, over all domains and fields, with those of full gradients.
 
-    ref: full gradients in all linear layers of the blocks and the head, of the same rows; so rank shows the noise of
-    the sketch, and layers what is lost with the others. rows: the same with fewer rows a domain, against the full
-    gradients of ROWS, which is what a longer stride costs. Mean and lowest over the seeds of the projections.
+    blocks, with head: the full gradients of the same rows in all linear layers of the blocks, or in the head, too. So
+    rank shows the noise of the sketch, and layers what is lost with the others. The last rows: of fewer rows a domain,
+    against the full gradients of ROWS, which is what a longer stride costs. Mean and least over seeds.
     """
     model = task.fresh_model()
     rows = _rows(task)
-    everything = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    blocks = [name for name in everything if name.startswith("h.")]
-    full = {name: _alignment(*_means(_gradients(model, rows, names))) for name, names in
-            (("with head", everything), ("blocks", blocks))}  # fmt: skip
-    found = []
-    for title, patterns in LAYERS.items():
-        for rank in RANKS:
-            tables = []
-            for seed in range(seeds):
-                sketches = _sketches(model, rows, Sketcher(model, rank, patterns, seed))
-                tables.append(_alignment(*_means(sketches)))
-            row: dict[str, Any] = {"layers": title, "rank": rank}
+    widths = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = list(widths)
+    exact = _gradients(model, rows, names)
+    full = {
+        title: _alignment(*_means(_columns(exact, names, widths, LAYERS[layers])))
+        for title, layers in (("blocks", "all linear layers of the blocks"), ("with head", "and the head"))
+    }
+    found: list[dict[str, Any]] = []
+    for rank in RANKS:
+        # A layer's projections do not depend on the other layers, so all choices are parts of one sketch.
+        sketches = [_sketches(model, rows, Sketcher(model, rank, "*", seed)) for seed in range(seeds)]
+        sizes = dict.fromkeys(names, rank * rank)
+        for title, patterns in LAYERS.items():
+            tables = [_alignment(*_means(_columns(each, names, sizes, patterns))) for each in sketches]
+            found.append({"layers": title, "rank": rank})
             for name, reference in full.items():
-                values = [float(np.corrcoef(t.ravel(), reference.ravel())[0, 1]) for t in tables]
-                row[name] = {"mean": float(np.mean(values)), "min": min(values)}
-            found.append(row)
-            print(f"{title:34} r={rank:<3} blocks {row['blocks']['mean']:.3f} ({row['blocks']['min']:.3f})  "
-                  f"with head {row['with head']['mean']:.3f}", flush=True)  # fmt: skip
-    sketches = _sketches(model, rows, Sketcher(model, 32, None, 0))
-    exact = _gradients(model, rows, blocks)
+                found[-1][name] = _spread([np.corrcoef(t.ravel(), reference.ravel())[0, 1] for t in tables])
+            print(found[-1], flush=True)
+        if rank == 32:
+            some = {"sketch r=32": sketches[0], "full gradients": exact}
+            parts = {
+                n: _columns(p, names, sizes if n != "full gradients" else widths, ["h.*"]) for n, p in some.items()
+            }
     for count in (1, 2, 4, 8, 16):
-        row = {"rows a domain": count}
-        for name, parts in (("sketch r=32", sketches), ("full gradients", exact)):
-            tables = [_alignment(*_means(parts, range(begin, begin + count))) for begin in range(0, ROWS, count)]
-            some = [np.corrcoef(t.ravel(), full["blocks"].ravel())[0, 1] for t in tables]
-            row[name] = {"mean": float(np.mean(some)), "min": float(min(some))}
-        found.append(row)
-        print(row, flush=True)
+        found.append({"rows a domain": count})
+        for name, part in parts.items():
+            tables = [_alignment(*_means(part, range(begin, begin + count))) for begin in range(0, ROWS, count)]
+            found[-1][name] = _spread([np.corrcoef(t.ravel(), full["blocks"].ravel())[0, 1] for t in tables])
+        print(found[-1], flush=True)
     return found
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": round(float(np.mean(values)), 4), "min": round(float(min(values)), 4)}
+
+
+def _columns(groups: list[Tensor], names: list[str], sizes: dict[str, int], patterns: list[str]) -> list[Tensor]:
+    """[rows, ...] of each group: of the layers that a pattern matches."""
+    wanted = [any(fnmatch.fnmatchcase(name, p) for p in patterns) for name in names]
+    return [
+        torch.cat([c for c, want in zip(g.split([sizes[n] for n in names], 1), wanted, strict=True) if want], 1)
+        for g in groups
+    ]
 
 
 def _rows(task: Task) -> list[tuple[Tensor, Tensor]]:
@@ -79,22 +94,22 @@ def _rows(task: Task) -> list[tuple[Tensor, Tensor]]:
 def _gradients(model: nn.Module, rows: list[tuple[Tensor, Tensor]], layers: list[str]) -> list[Tensor]:
     """[rows, parameters] of each group."""
     modules = dict(model.named_modules())
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        modules[name].register_forward_hook(lambda m, a, o, name=name: seen.__setitem__(name, (a[0][0], o)))
+        for name in layers
+    ]
     found = []
-    for x, y in rows:
+    for inputs, targets in rows:
         each = []
-        for i in range(len(x)):
-            # A head that is tied to the embedding: its part of the gradient alone, as the sketch has it.
-            outputs: dict[str, tuple[Tensor, Tensor]] = {}
-            handles = [
-                modules[name].register_forward_hook(lambda m, a, o, name=name: outputs.__setitem__(name, (a[0], o)))
-                for name in layers
-            ]
-            loss = nn.functional.cross_entropy(model(x[i : i + 1])[0], y[i], reduction="sum")
-            for handle in handles:
-                handle.remove()
-            deltas = torch.autograd.grad(loss, [outputs[name][1] for name in layers])
-            each.append(torch.cat([(d[0].T @ outputs[n][0][0]).flatten() for n, d in zip(layers, deltas, strict=True)]))
+        for x, y in zip(inputs, targets, strict=True):
+            loss = nn.functional.cross_entropy(model(x[None])[0], y, reduction="sum")
+            outer = torch.autograd.grad(loss, [seen[name][1] for name in layers])
+            # Not the gradient of the weight: a head that is tied to the embedding has a part of that.
+            each.append(torch.cat([(d[0].T @ seen[n][0]).flatten() for n, d in zip(layers, outer, strict=True)]))
         found.append(torch.stack(each).detach())
+    for handle in handles:
+        handle.remove()
     return found
 
 

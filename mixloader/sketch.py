@@ -150,7 +150,7 @@ class _Tap(torch.autograd.Function):
         return output.data
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         projected, q = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
             other = gradient.to(projected.dtype) @ q.to(projected.dtype)
