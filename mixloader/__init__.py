@@ -11,6 +11,7 @@ for batch in loader:
 
 from importlib.metadata import version as _version
 
+from mixloader.influence import Influence
 from mixloader.linear_loss import LinearDomainCrossEntropy, linear_domain_cross_entropy
 from mixloader.loader import MixLoader
 from mixloader.loss import DomainCrossEntropy, domain_cross_entropy
@@ -27,6 +28,7 @@ __version__ = _version("mixloader")
 __all__ = [
     "DomainCrossEntropy",
     "DomainStats",
+    "Influence",
     "LinearDomainCrossEntropy",
     "Manifest",
     "MixLoader",

@@ -91,6 +91,7 @@ class TrainConfig:
     weights: the mixture of the first steps, by domain; None leaves it to the policy.
     decide_every, lag: steps between decisions, and steps until one takes effect.
     feedback: report held-out losses to the policy.
+    influence: measure influence for the policy, with these options of Influence ({} for the defaults); None does not.
     learning_rate, min_lr, warmup_steps: linear warm-up, then a cosine down to min_lr (None: a tenth).
     weight_decay: of matrices only. betas: of AdamW. grad_clip: largest gradient norm, 0 for none.
     eval_every: steps between held-out losses, 0 for only before and after. eval_windows: windows a domain.
@@ -116,6 +117,7 @@ class TrainConfig:
     decide_every: int = 1
     lag: int = 1
     feedback: bool = False
+    influence: dict[str, Any] | None = None
     learning_rate: float = 1e-3
     min_lr: float | None = None
     warmup_steps: int = 100

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mixloader.influence_table import InfluenceSnapshot
 from mixloader.mixture import as_weights, quantize, without
 from mixloader.observation import DomainTable
 from mixloader.policies import Policy
-from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json
+from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json, rows_to_json
 from mixloader.stats import StatsSnapshot, StatsTable
 
 
@@ -24,7 +25,8 @@ class Decision:
     units: int64 [D], integer weights from plan step `effect` on; None keeps the weights there are.
     counts, loss, loss_tokens, all [D], and feedback cover what came since the last decision: rows
     read, nats a token (NaN where nothing was read), tokens with a loss, evaluations.
-    tokens: trained on so far. error: what the policy failed with, if it did.
+    tokens: trained on so far. error: what the policy failed with, if it did. influence: [D][F], if it was measured
+    since the last decision; None for what is not known.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Decision:
     feedback: dict[str, float]
     units: np.ndarray | None
     error: str | None
+    influence: list[list[float | None]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able and exact."""
@@ -55,6 +58,7 @@ class Decision:
             loss=np.append(self.loss, np.full(more, math.nan)),
             loss_tokens=np.append(self.loss_tokens, np.zeros(more, dtype=np.int64)),
             units=None,
+            influence=None if self.influence is None else self.influence + [[None] * len(self.influence[0])] * more,
         )
 
     @classmethod
@@ -72,7 +76,7 @@ class Task:
     effect: the plan step from which the decision holds. cursors: int64 [D], windows drawn so far.
     units: int64 [D], the weights of `effect` as the loader knows them; earlier: decisions under way that
     will have changed them by then. feedback: by name, the latest value and the step it was reported after.
-    sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to them.
+    sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to them. influence: up to `step`.
     """
 
     step: int
@@ -83,6 +87,23 @@ class Task:
     feedback: dict[str, tuple[float, int]]
     sums: np.ndarray
     snapshots: list[StatsSnapshot]
+    influence: InfluenceSnapshot | None = None
+
+
+@dataclass
+class Pending:
+    """A decision under way. stale: the mixture was changed by hand meanwhile, so it will not be applied."""
+
+    effect: int
+    future: Future[Decision]
+    stale: bool = False
+
+    @classmethod
+    def decided(cls, decision: Decision, stale: bool) -> Pending:
+        """A decision that is there already."""
+        future: Future[Decision] = Future()
+        future.set_result(decision)
+        return cls(decision.effect, future, stale)
 
 
 class Decider:
@@ -123,8 +144,11 @@ class Decider:
     def decide(self, task: Task) -> Decision:
         """What the thread runs for a task."""
         stats = StatsTable(task.sums + sum(snapshot.wait().sums for snapshot in task.snapshots))
+        influence = None if task.influence is None else task.influence.wait()
         before, cursors_before = self.builder.step, self.builder.cursors
-        observation = self.builder.build(task.step, task.effect, task.cursors, _in_force(task), stats, task.feedback)
+        observation = self.builder.build(
+            task.step, task.effect, task.cursors, _in_force(task), stats, task.feedback, influence
+        )
         units, error = None, None
         new = observation.loss.age == 0
         loss, loss_tokens = np.where(new, observation.loss.value, math.nan), np.where(new, observation.loss.count, 0)
@@ -145,6 +169,7 @@ class Decider:
             feedback={name: value for name, (value, step) in task.feedback.items() if step >= before},
             units=units,
             error=error,
+            influence=None if influence is None or influence.latest <= before else rows_to_json(influence.value),
         )
 
 

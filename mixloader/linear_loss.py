@@ -10,7 +10,7 @@ import torch
 
 from mixloader.linear_chunks import Head, unwritten_logits
 from mixloader.linear_ops import linear_reduced_loss, linear_token_losses
-from mixloader.loss_arguments import FLOAT_DTYPES, LossModule, check_device, check_dtype, loss_call
+from mixloader.loss_arguments import FLOAT_DTYPES, LossModule, check_device, check_dtype, loss_call, tell_influence
 from mixloader.loss_ops import reduced
 from mixloader.stats import DomainStats
 
@@ -65,7 +65,7 @@ def linear_domain_cross_entropy(
         chunk_bytes = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     elif not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes!r}; expected a whole number of at least 1, or None")
-    inputs, options, sums, divisor = loss_call(
+    call = loss_call(
         unwritten_logits(hidden.shape[:-1], weight.shape[0], dtype, hidden.device),
         targets,
         domain_ids,
@@ -81,12 +81,16 @@ def linear_domain_cross_entropy(
         reduction=reduction,
         denominator=denominator,
     )
+    inputs, options, sums, divisor = call
     head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, chunk_bytes)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
     if reduction != "none" and differentiable and dtype != torch.float16:
-        return linear_reduced_loss(head, inputs, options, dtype, sums, divisor)
-    losses = linear_token_losses(head, inputs, options, dtype, sums)
-    return losses.view(targets.shape) if reduction == "none" else reduced(losses, divisor)
+        loss = linear_reduced_loss(head, inputs, options, dtype, sums, divisor)
+    else:
+        losses = linear_token_losses(head, inputs, options, dtype, sums)
+        loss = losses.view(targets.shape) if reduction == "none" else reduced(losses, divisor)
+    tell_influence(stats, loss, call)
+    return loss
 
 
 class LinearDomainCrossEntropy(LossModule):

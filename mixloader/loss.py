@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from mixloader.loss_arguments import LossModule, loss_call
+from mixloader.loss_arguments import LossModule, loss_call, tell_influence
 from mixloader.loss_ops import ReducedLoss, reduced, token_losses
 from mixloader.stats import DomainStats
 
@@ -73,7 +73,7 @@ def domain_cross_entropy(
     Raises TypeError for a wrong dtype, PlacementError for a DTensor and ValueError for wrong shapes, devices or
     options, before any work.
     """
-    inputs, options, sums, divisor = loss_call(
+    call = loss_call(
         logits,
         targets,
         domain_ids,
@@ -89,12 +89,16 @@ def domain_cross_entropy(
         reduction=reduction,
         denominator=denominator,
     )
+    inputs, options, sums, divisor = call
     compiling = torch.compiler.is_compiling()
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if reduction != "none" and differentiable and logits.dtype != torch.float16 and not compiling:
-        return ReducedLoss.apply(inputs.logits, inputs, options, sums, divisor, in_place)
-    losses = token_losses(inputs, options, sums, in_place and not compiling)
-    return losses.view(targets.shape) if reduction == "none" else reduced(losses, divisor)
+        loss = ReducedLoss.apply(inputs.logits, inputs, options, sums, divisor, in_place)
+    else:
+        losses = token_losses(inputs, options, sums, in_place and not compiling)
+        loss = losses.view(targets.shape) if reduction == "none" else reduced(losses, divisor)
+    tell_influence(stats, loss, call)
+    return loss
 
 
 class DomainCrossEntropy(LossModule):

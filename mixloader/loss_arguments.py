@@ -68,6 +68,15 @@ def loss_call(
     return LossCall(inputs, options, sums, _divisor(inputs, options, reduction, denominator, dtype))
 
 
+def tell_influence(stats: DomainStats | None, loss: torch.Tensor, call: LossCall) -> None:
+    """Say whose rows a counted loss came of, if somebody measures influence."""
+    if stats is None or call.sums is None or stats.influence is None or torch.compiler.is_compiling():
+        return
+    inputs, divisor = call.inputs, None if call.divisor is None else call.divisor[0]
+    assert inputs.domain_ids is not None
+    stats.influence.rows(loss, inputs.domain_ids, divisor, inputs.domain_weights)
+
+
 class LossModule(torch.nn.Module):
     """A loss with its options kept, of the names in OPTIONS: what stays the same from batch to batch.
 

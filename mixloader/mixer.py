@@ -10,16 +10,15 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mixloader.decision import Decider, Decision, Task
+from mixloader.decision import Decider, Decision, Pending, Task
 from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.influence import Influence
 from mixloader.loader import MixLoader
 from mixloader.mixture import as_weights, quantize, without
 from mixloader.policies import Policy, make_policy
@@ -29,21 +28,6 @@ from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
 
 STATE_VERSION = 1
 _SCHEDULED_SKIP = 100_000  # steps, each of which is looked at
-
-
-@dataclass
-class _Pending:
-    """A decision under way. stale: the mixture was changed by hand meanwhile, so it will not be applied."""
-
-    effect: int
-    future: Future[Decision]
-    stale: bool = False
-
-
-def _decided(decision: Decision, stale: bool) -> _Pending:
-    future: Future[Decision] = Future()
-    future.set_result(decision)
-    return _Pending(decision.effect, future, stale)
 
 
 class Mixer:
@@ -59,6 +43,8 @@ class Mixer:
     token_budget: tokens of the whole run; by default those of the loader's max_steps, if it has any.
     device: where the logits are. record: path of the run record (docs/record.md), begun at the first
         step and continued by load_state_dict; by default none is kept.
+    influence: an Influence on the model, for policies that need it; the Mixer drives it from step to step and closes
+        it. Its state is saved apart (influence.state_dict()), as it is tensors.
 
     A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
     that raises or returns no mixture costs a warning and an event in the record: the weights stay.
@@ -75,6 +61,7 @@ class Mixer:
         token_budget: int | None = None,
         device: torch.device | str = "cpu",
         record: str | Path | None = None,
+        influence: Influence | None = None,
         **policy_options: Any,
     ):
         _check_arguments(loader, decide_every=(decide_every, 1), lag=(lag, 0), token_budget=(token_budget, 1))
@@ -84,10 +71,16 @@ class Mixer:
             token_budget = loader.max_steps * step_tokens
         self.token_budget = token_budget
         self.policy = make_policy(policy, **policy_options)
-        if "influence" in self.policy.needs:
-            raise ConfigError("the policy needs the signal 'influence', which a Mixer does not measure")
+        if "influence" in self.policy.needs and influence is None:
+            raise ConfigError(
+                "the policy needs the signal 'influence', and this Mixer has none to give it; measure it with "
+                "Mixer(..., influence=Influence(model))"
+            )
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
         self.stats = DomainStats(len(loader.names), device, names=loader.names)
+        self.influence = self.stats.influence = influence
+        if influence is not None:
+            influence.begin_with(loader)
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
@@ -106,12 +99,12 @@ class Mixer:
         self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
         self._snapshots: list[StatsSnapshot] = []
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[Pending] = deque()
         self._warned = self._closed = self._domains_changed = False
         self._exhausted = loader.exhausted
         header = make_header(
             loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
-            token_budget=token_budget,
+            token_budget=token_budget, **({} if influence is None else {"influence": influence.settings()}),
         )  # fmt: skip
         self._log = RunLog(record, header)
 
@@ -136,6 +129,8 @@ class Mixer:
                 f"step {stream['step']}; call it once after each optimizer step, when all micro-batches of that step "
                 "and none of the next were drawn; steps are left out with mixer.skip()"
             )
+        if self.influence is not None:
+            self._end_influence(self.influence, step)
         self._next = step + 1
         self._notice_changes(stream)
         if self.loader.rules.exhausted == "redistribute":
@@ -150,6 +145,14 @@ class Mixer:
             self._snapshots.append(self.stats.snapshot())
         self._collect(self._next)
 
+    def _end_influence(self, influence: Influence, step: int) -> None:
+        if influence.step != step:
+            raise StateError(
+                f"influence stands at plan step {influence.step}, the mixer at {step}; when a run is resumed, load the "
+                "state of influence that was saved with the mixer's: mixer.influence.load_state_dict(...)"
+            )
+        influence.end_step()
+
     def skip(self, steps: int) -> int:
         """Leave out the next `steps` plan steps of the loader, between step() and the next batch.
 
@@ -161,6 +164,8 @@ class Mixer:
         changes = self._changes_until(self._next + steps)
         before, begin = self.loader.cursors, self._next
         self._next = self.loader.skip(steps)
+        if self.influence is not None:
+            self.influence.at(self._next)
         self._decider.builder.cursors = self._decider.builder.cursors + self.loader.cursors - before
         self._write_changes(changes)
         self._log.event("skip", begin, steps=steps)
@@ -250,9 +255,10 @@ class Mixer:
             feedback=dict(self._feedback),
             sums=self._sums,
             snapshots=[*self._snapshots, self.stats.snapshot()],
+            influence=None if self.influence is None else self.influence.snapshot(),
         )
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
-        self._pending.append(_Pending(effect, self._decider.submit(task)))
+        self._pending.append(Pending(effect, self._decider.submit(task)))
 
     def _effective(self, units: np.ndarray) -> np.ndarray:
         """int64 [D]: integer weights over the domains that have not run out, as the plan will have them."""
@@ -308,8 +314,11 @@ class Mixer:
             distribution=old.distribution,
             token_bytes=old.token_bytes,
         )
+        self.stats.influence = self.influence
+        if self.influence is not None:
+            self.influence.grow(loader.names)
         self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
-        self._pending = deque(_decided(decision.grown(more), stale=True) for decision in decided)
+        self._pending = deque(Pending.decided(decision.grown(more), stale=True) for decision in decided)
         self._version = loader.state_dict()["weights_version"]
         self._in_force = loader.units_at(self._next).tolist()
         self._domains_changed = True
@@ -378,7 +387,7 @@ class Mixer:
         self._pending.clear()
         for entry in state["pending"]:
             decision = Decision.from_json({key: value for key, value in entry.items() if key != "stale"})
-            self._pending.append(_decided(decision, entry["stale"]))
+            self._pending.append(Pending.decided(decision, entry["stale"]))
         self._log.resume(self._next)
         if state["domains_changed"]:
             self._write_domains()  # a resume ends what the record says of this step
@@ -439,6 +448,8 @@ class Mixer:
         finally:
             self._decider.close()
             self._log.close()
+            if self.influence is not None:
+                self.influence.close()
 
     def _finish(self) -> None:
         for pending in self._pending:

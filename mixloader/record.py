@@ -80,17 +80,21 @@ class Recorder:
         loss: np.ndarray,
         loss_tokens: np.ndarray,
         feedback: Mapping[str, float] | None = None,
+        influence: list[list[float | None]] | None = None,
     ) -> None:
         """Queue a decision line. The arrays, all [D], must not change any more.
 
         weights: integer units. counts: rows read since the last decision. loss: nats a token, NaN
-        where nothing was read. feedback: what was reported since the last decision.
+        where nothing was read. feedback: what was reported since the last decision. influence: [D][F], if measured.
         """
         line = {
             "type": "decision", "step": step, "effect": effect, "tokens": tokens, "weights": weights,
             "counts": counts, "loss": loss, "loss_tokens": loss_tokens,
         }  # fmt: skip
-        self._queue({**line, "feedback": feedback} if feedback else line)
+        more: dict[str, Any] = {"feedback": feedback} if feedback else {}
+        if influence is not None:
+            more["influence"] = [[None if v is None else float(f"{v:.3g}") for v in row] for row in influence]
+        self._queue(line | more)
 
     def event(self, event: str, *, step: int, **values: Any) -> None:
         """Queue an event line. Numbers, strings, None, and lists, arrays and mappings of them."""
@@ -314,7 +318,9 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
 
 def _padded(line: dict[str, Any], size: int) -> dict[str, Any]:
     """A line of a time with fewer domains, for `size` of them."""
-    blanks = {"weights": 0, "counts": 0, "loss_tokens": 0, "loss": None}
+    blanks: dict[str, Any] = {"weights": 0, "counts": 0, "loss_tokens": 0, "loss": None}
+    if line["type"] == "decision" and line.get("influence"):
+        blanks["influence"] = [None] * len(line["influence"][0])
     return line | {
         key: line[key] + [blank] * (size - len(line[key]))
         for key, blank in blanks.items()
@@ -365,8 +371,13 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_loss(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
 _UNITS = f"counts, one a domain, that sum to {WEIGHT_ONE}"
 _LOSSES = "numbers or null, one a domain"
+_INFLUENCE = "nothing, or a list of numbers or null for each domain"
 _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     "a string": lambda value, _: isinstance(value, str),
     "a count": lambda value, _: _is_count(value),
@@ -375,7 +386,10 @@ _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     "a list of names": lambda value, n: _all_of(value, n, lambda item: isinstance(item, str)),
     "a list, one a domain": lambda value, n: isinstance(value, list) and len(value) == n,
     "counts, one a domain": lambda value, n: _all_of(value, n, _is_count),
-    _LOSSES: lambda value, n: _all_of(value, n, lambda item: item is None or type(item) in (int, float)),
+    _LOSSES: lambda value, n: _all_of(value, n, _is_loss),
+    _INFLUENCE: lambda value, n: (
+        value is None or _all_of(value, n, lambda row: isinstance(row, list) and all(map(_is_loss, row)))
+    ),
     _UNITS: lambda value, n: _all_of(value, n, _is_count) and sum(value) == WEIGHT_ONE,
 }
 _KEYS: dict[str, dict[str, str]] = {
@@ -387,6 +401,7 @@ _KEYS: dict[str, dict[str, str]] = {
     "decision": {
         "step": "a count", "effect": "a count", "tokens": "a count", "weights": _UNITS,
         "counts": "counts, one a domain", "loss": _LOSSES, "loss_tokens": "counts, one a domain",
+        "influence": _INFLUENCE,
     },
     "event": {"event": "a string", "step": "a step, or -1"},
     "weights": {"step": "a count", "weights": _UNITS},

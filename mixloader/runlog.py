@@ -75,6 +75,7 @@ class RunLog:
             loss=decision.loss,
             loss_tokens=decision.loss_tokens,
             feedback=decision.feedback,
+            influence=decision.influence,
         )
         if decision.error is not None:
             self._record.event("policy_error", step=at, source=decision.step, error=decision.error)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mixloader.influence_table import InfluenceTable
 from mixloader.mixture import as_fractions
 from mixloader.observation import Observation, Signal
 from mixloader.stats import StatsTable
@@ -43,12 +44,13 @@ class ObservationBuilder:
         units: np.ndarray,
         stats: StatsTable,
         feedback: Mapping[str, tuple[float, int]],
+        influence: InfluenceTable | None = None,
     ) -> Observation:
         """The observation after plan step `step`; later ones count from it.
 
         cursors: int64 [D], windows drawn up to the end of `step`. units: int64 [D], integer weights of
         effect_step as things stand. stats: sums since the last observation. feedback: by name, the
-        latest value and the step after which it was reported.
+        latest value and the step after which it was reported. influence: as it stands after `step`.
         """
         self._measure(step, stats)
         seen = cursors * self.seq_len
@@ -75,6 +77,7 @@ class ObservationBuilder:
                 name: Signal(np.array(value), np.array(1), np.array(step - reported))
                 for name, (value, reported) in feedback.items()
             },
+            **({} if influence is None else _influence(influence, step)),
         )
 
     def grow(self, windows: np.ndarray) -> None:
@@ -115,6 +118,31 @@ class ObservationBuilder:
         self.loss_std = numbers_from_json(state["loss_std"])
         self.loss_count = np.array(state["loss_count"], dtype=np.int64)
         self.loss_step = np.array(state["loss_step"], dtype=np.int64)
+
+
+def _influence(table: InfluenceTable, step: int) -> dict[str, Any]:
+    """What an Observation says of influence. Something measured from two sides is as old as the older one."""
+
+    def signal(value: np.ndarray, count: np.ndarray, since: np.ndarray) -> Signal:
+        return Signal(
+            value=value.copy(),
+            count=np.broadcast_to(np.nan_to_num(np.round(count)).astype(np.int64), value.shape).copy(),
+            age=np.where(since < 0, -1, step - since),
+        )
+
+    each, other = table.rows[:, None], table.step[:, None]
+    return {
+        "influence": signal(table.value, each, np.minimum(other, table.probe_step)),
+        "influence_std": table.std.copy(),
+        "influence_fields": table.fields,
+        "gram": signal(table.gram, np.minimum(each, table.rows), np.minimum(other, table.step)),
+        "row_norm_sq": table.row_norm_sq.copy(),
+    }
+
+
+def rows_to_json(values: np.ndarray) -> list[list[float | None]]:
+    """float64 [D, F] as lists; NaN as None."""
+    return [numbers_to_json(row) for row in values]
 
 
 def numbers_to_json(values: np.ndarray) -> list[float | None]:

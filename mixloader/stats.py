@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch.utils import checkpoint
 
 from mixloader.errors import StatsError
+
+if TYPE_CHECKING:
+    from mixloader.influence import Influence
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ class DomainStats:
 
     Sums are added only by forward passes in grad mode that are not `paused()` and not the recomputation of a forward
     pass that was counted already, so a loss inside `torch.utils.checkpoint` counts once.
+
+    `influence`, if a Mixer has set it, is told by every counted loss whose its rows are.
     """
 
     COLUMNS = tuple(STATISTICS)
@@ -201,6 +207,7 @@ class DomainStats:
         self.names = names
         self.distribution = distribution
         self.token_bytes = None if token_bytes is None else _as_token_bytes(token_bytes, self.device)
+        self.influence: Influence | None = None
         self._paused = False
         if self.device.type == "cuda":
             self._drained = torch.empty_like(self.buffer)

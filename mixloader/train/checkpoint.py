@@ -1,8 +1,8 @@
 """Checkpoints: a folder `step-000123` that is either whole or absent, whenever the process dies.
 
 It holds model.safetensors (parameters by name, tied ones once), optimizer.safetensors (the step and moments of
-every parameter, exact) and state.json (everything else: step, config, loader, mixer, random generators). It is
-written under another name, synced to disk and renamed.
+every parameter, exact), influence.safetensors where influence is measured, and state.json (everything else: step,
+config, loader, mixer, random generators). It is written under another name, synced to disk and renamed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 from mixloader.errors import MixLoaderError, StateError
 from mixloader.files import sync
+from mixloader.influence import Influence
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 def save_checkpoint(
-    out: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    out: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    influence: Influence | None = None,
 ) -> Path:
     """Write `out/step-<step>`, which must not exist yet, and return it.
 
@@ -38,7 +44,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary, model, optimizer, {"version": VERSION, "step": step, **state, "rng": _rng_state()})
+        state = {"version": VERSION, "step": step, **state, "rng": _rng_state()}
+        _write(temporary, model, optimizer, state, None if influence is None else influence.state_dict())
         temporary.rename(final)
         sync(out)
     except (OSError, SafetensorError) as error:
@@ -49,21 +56,33 @@ def save_checkpoint(
     return final
 
 
-def _write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _write(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    influence: dict[str, Tensor] | None,
+) -> None:
     from safetensors.torch import save_file
 
     # named_parameters gives a tied matrix once.
     parameters = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(parameters, folder / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
+    if influence is not None:
+        save_file(influence, folder / "influence.safetensors")
     (folder / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         sync(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint into `model`, `optimizer` and torch's generators, and return its state."""
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, influence: Influence | None = None
+) -> dict[str, Any]:
+    """Put a checkpoint into `model`, `optimizer`, `influence` and torch's generators, and return its state."""
     state = read_state(path)
+    if influence is not None:
+        influence.load_state_dict(_read_tensors(path / "influence.safetensors"))
     load_parameters(path / "model.safetensors", model)
     _load_optimizer(path / "optimizer.safetensors", model, optimizer)
     _set_rng_state(state["rng"])
@@ -159,7 +178,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StateError(f"cannot read {path}: {error}; expected a .safetensors file of parameters") from error
+        raise StateError(f"cannot read {path}: {error}; expected a .safetensors file of its tensors") from error
 
 
 def _check_names(path: Path, found: set[str], expected: set[str]) -> None:

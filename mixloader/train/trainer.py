@@ -24,6 +24,7 @@ from mixloader.config import TrainConfig
 from mixloader.errors import ConfigError
 from mixloader.evaluate import held_out_loss
 from mixloader.files import replace, sync
+from mixloader.influence import Influence
 from mixloader.loader import MixLoader
 from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
@@ -257,11 +258,13 @@ class Trainer:
             "seconds": self.seconds,
         }
         sync(self.folder.metrics)
-        checkpoints.save_checkpoint(self.folder.path, self.step, self.model, self.optimizer, state)
+        checkpoints.save_checkpoint(
+            self.folder.path, self.step, self.model, self.optimizer, state, self.mixer.influence
+        )
         checkpoints.remove_old(self.folder.path, self.config.keep_checkpoints)
 
     def _resume(self, path: Path) -> None:
-        state = checkpoints.load_checkpoint(path, self.model, self.optimizer)
+        state = checkpoints.load_checkpoint(path, self.model, self.optimizer, self.mixer.influence)
         self.loader.load_state_dict(state["loader"])
         self.mixer.load_state_dict(state["mixer"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -308,8 +311,18 @@ class Trainer:
             token_budget=config.steps * self.tokens_per_step,
             device=self.device,
             record=self.folder.record,
+            influence=self._influence(),
             **config.policy_options,
         )
+
+    def _influence(self) -> Influence | None:
+        if self.config.influence is None:
+            return None
+        dtype = None if self.config.dtype == "float32" else torch.bfloat16
+        try:
+            return Influence(self.model, **{"dtype": dtype, **self.config.influence})
+        except TypeError as error:
+            raise ConfigError(f"influence cannot be measured with options {self.config.influence}: {error}") from error
 
     def _bar(self, progress: bool | None) -> Any:
         from tqdm import tqdm

@@ -1,0 +1,104 @@
+"""A small model and rows for tests of influence, and what a process of a distributed test runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixloader.config import ModelConfig
+from mixloader.influence import Influence
+from mixloader.influence_table import InfluenceTable
+from mixloader.loss import domain_cross_entropy
+from mixloader.stats import DomainStats
+from mixloader.train.model import LanguageModel, build_model
+
+V, T, D = 40, 12, 3
+NAMES = ("web", "code", "math")
+
+
+def small_model(**changes: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 24} | changes
+    return build_model(ModelConfig(vocab_size=V, seq_len=T, **sizes))
+
+
+def rows(n: int, seed: int, domain: int | None = None) -> dict[str, Tensor]:
+    """Rows whose tokens follow each other in a way of their domain's own, with some noise; domains in turn."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.arange(n) % D if domain is None else torch.full((n,), domain)
+    tokens = torch.randint(0, V, (n, T + 1), generator=g)
+    for t in range(T):
+        follow = torch.rand(n, generator=g) < 0.8
+        tokens[:, t + 1] = torch.where(follow, (tokens[:, t] * (3 + 2 * ids) + 1) % V, tokens[:, t + 1])
+    return {"input_ids": tokens[:, :-1].clone(), "targets": tokens[:, 1:].clone(), "domain_ids": ids}
+
+
+def probes() -> dict[str, list[dict[str, Tensor]]]:
+    return {"source": [rows(8, 100, 0)], "target": [rows(8, 101, 2)]}
+
+
+def begin(model: nn.Module, batch_size: int, **options: Any) -> tuple[Influence, DomainStats]:
+    options = {"rank": 16, "stride": 1, "probe_every": 1, "probe_rows": 8, "half_life": 20.0} | options
+    influence = Influence(model, probes(), **options)
+    influence.begin(NAMES, batch_size)
+    stats = DomainStats(D)
+    stats.influence = influence
+    return influence, stats
+
+
+def backward(
+    model: nn.Module, stats: DomainStats, batch: dict[str, Tensor], factor: float = 1.0, **options: Any
+) -> None:
+    logits = model(batch["input_ids"])
+    loss = domain_cross_entropy(logits, batch["targets"], batch["domain_ids"], stats=stats, **options)
+    (loss * factor).backward()
+
+
+def table(influence: Influence) -> InfluenceTable:
+    snapshot = influence.snapshot()
+    assert snapshot is not None
+    return snapshot.wait()
+
+
+def train_on_ranks(kind: str, store: str, out: str, rank: int, ranks: int) -> None:
+    """Three steps of SGD on this rank's share of 12 rows; rank 0 writes the tables and the parameters' sum."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    model: nn.Module = small_model()
+    wrapped = model
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    elif kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.h:
+            fully_shard(block)
+        fully_shard(model)
+    influence, stats = begin(wrapped, 12 // ranks, probe_rows=5)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
+    tables = []
+    for step in range(3):
+        batch = {key: value[rank::ranks] for key, value in rows(12, step).items()}
+        backward(wrapped, stats, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        influence.end_step(dist.group.WORLD if ranks > 1 else None)
+        tables.append(table(influence))
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in wrapped.parameters()]
+    total = sum(float(p.detach().double().abs().sum()) for p in parameters)
+    keys = ("value", "std", "gram", "row_norm_sq", "rows", "step")
+    if rank == 0:
+        with open(out, "w") as file:
+            json.dump({"tables": [{k: getattr(t, k).tolist() for k in keys} for t in tables], "total": total}, file)
+    dist.barrier()
+    influence.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    train_on_ranks(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
