@@ -36,15 +36,16 @@ std::span<T> to_span(const char* name, const py::object& object,
   }
 }
 
-std::size_t size_of(const py::object& object) {
-  return object.is_none() ? 0
-                          : py::reinterpret_borrow<py::array>(object).size();
+// Elements of an array; 0 for None.
+std::size_t size_of(const char* name, const py::object& object) {
+  if (object.is_none()) return 0;
+  if (!py::isinstance<py::array>(object)) refuse(name, "array");
+  return py::reinterpret_borrow<py::array>(object).size();
 }
 
 Ids to_ids(const char* name, const py::object& object) {
   if (object.is_none()) return {};
-  if (!py::isinstance<py::array>(object)) refuse(name, "array");
-  const std::size_t size = size_of(object);
+  const std::size_t size = size_of(name, object);
   if (py::isinstance<py::array_t<std::int32_t>>(object)) {
     return Ids(to_span<const std::int32_t>(name, object, size));
   }
@@ -120,10 +121,11 @@ void loss_rows(const py::array& logits, const py::array& targets,
     return to_span<const float>(name, object, n);
   };
   call.token_weights = of_rows("token_weights", token_weights);
-  call.domain_weights = to_span<const float>("domain_weights", domain_weights,
-                                             size_of(domain_weights));
+  call.domain_weights =
+      to_span<const float>("domain_weights", domain_weights,
+                           size_of("domain_weights", domain_weights));
   call.reference_losses = of_rows("reference_losses", reference_losses);
-  const std::size_t known = size_of(token_bytes);
+  const std::size_t known = size_of("token_bytes", token_bytes);
   call.token_bytes =
       to_span<const std::int32_t>("token_bytes", token_bytes, known);
   if (known > 0 && known < call.classes) refuse("token_bytes", "[classes]");
@@ -134,12 +136,13 @@ void loss_rows(const py::array& logits, const py::array& targets,
   call.totals = of_both.last(n);
   if (gradient) {
     call.gradient = to_rows<std::byte>("gradients", *gradient, n, logits);
-    call.scale = to_span<const float>("scales", scale, size_of(scale));
+    call.scale =
+        to_span<const float>("scales", scale, size_of("scales", scale));
     if (call.scale.size() != 1 && call.scale.size() != n) {
       refuse("scales", "array of one, or one for each row");
     }
   }
-  call.sums = to_span<std::int64_t>("sums", sums, size_of(sums));
+  call.sums = to_span<std::int64_t>("sums", sums, size_of("sums", sums));
   if (!call.sums.empty() &&
       (call.sums.size() % kStatistics != 0 || domain_ids.is_none())) {
     refuse("sums", "array [domains + 1, 9] beside domain_ids");

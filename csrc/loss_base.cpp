@@ -47,9 +47,8 @@ inline Halves to_half(Floats v) {
   const Words size = (Words)v & 0x7fffffff;
   // Of the smallest, one half is the last bit, so that adding rounds.
   const Words small = (Words)((Floats)size + 0.5f) - 0x3f000000;
-  const Words even =
+  const Words normal =
       (size + (0xfff - ((127 - 15) << 23)) + (size >> 13 & 1)) >> 13;
-  const Words normal = even;
   const Words endless = size > 0x7f800000 ? Words{} + 0x7e00 : Words{} + 0x7c00;
   const Words bits = size < 0x38800000    ? small
                      : size >= 0x47800000 ? endless

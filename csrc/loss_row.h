@@ -24,7 +24,7 @@ constexpr float kVanishing = -200.0f;
 // Vectors that share a running maximum, so that one exponential moves it.
 constexpr std::size_t kBlock = 16;
 
-MIXLOADER_INLINE Floats all(float x) { return Floats{} + x; }
+MIXLOADER_INLINE Floats splat(float x) { return Floats{} + x; }
 
 MIXLOADER_INLINE Floats load(const float* from) {
   Floats v;
@@ -60,21 +60,21 @@ MIXLOADER_INLINE Halves rounded(const Float16*, Floats v) { return to_half(v); }
 // minimax one, off by 3e-9, whose first two coefficients are 1.
 MIXLOADER_INLINE Floats exp_of(Floats x) {
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-  const Floats shifted = fused(x, all(1.44269504f), all(12582912.0f));
+  const Floats shifted = fused(x, splat(1.44269504f), splat(12582912.0f));
   const Floats n = shifted - 12582912.0f;
   // ln 2 in two parts, of which n times the first is exact.
-  Floats r = fused(n, all(-0.693359375f), x);
-  r = fused(n, all(2.12194440e-4f), r);
-  Floats p = fused(r, all(1.3814540e-3f), all(8.3687450e-3f));
-  p = fused(p, r, all(4.1668390e-2f));
-  p = fused(p, r, all(1.6666521e-1f));
-  p = fused(p, r, all(4.9999994e-1f));
-  p = fused(p, r, all(1.0f));
-  p = fused(p, r, all(1.0f));
+  Floats r = fused(n, splat(-0.693359375f), x);
+  r = fused(n, splat(2.12194440e-4f), r);
+  Floats p = fused(r, splat(1.3814540e-3f), splat(8.3687450e-3f));
+  p = fused(p, r, splat(4.1668390e-2f));
+  p = fused(p, r, splat(1.6666521e-1f));
+  p = fused(p, r, splat(4.9999994e-1f));
+  p = fused(p, r, splat(1.0f));
+  p = fused(p, r, splat(1.0f));
   // A product and not a sum of exponents, which would turn some NaN into
   // numbers. Where x is too low for it, or -inf, it is not taken.
   const Floats power = (Floats)(((Words)shifted + 127) << 23);
-  return x < all(-87.3365448f) ? all(0.0f) : p * power;
+  return x < splat(-87.3365448f) ? splat(0.0f) : p * power;
 }
 
 // softcap * tanh(x / softcap), from one exponential, and its derivative:
@@ -106,7 +106,7 @@ template <bool kAll>
 MIXLOADER_INLINE void move(Running& sums, Floats top) {
   const Floats decay = exp_of(sums.top - top);
   if constexpr (kAll) {
-    const Floats shift = larger(sums.top - top, all(kVanishing));
+    const Floats shift = larger(sums.top - top, splat(kVanishing));
     sums.first = decay * fused(shift, sums.total, sums.first);
     sums.second *= decay * decay;
   }
@@ -124,7 +124,7 @@ MIXLOADER_INLINE void take(Running& sums, const T* row, float softcap,
   Floats other = sums.top;
   for (std::size_t k = 0; k < kVectors; ++k) {
     x[k] = logits<T, kCapped>(row + k * kLanes, softcap);
-    if constexpr (kVectors == 1) x[k] = inside ? x[k] : all(-kInfinity);
+    if constexpr (kVectors == 1) x[k] = inside ? x[k] : splat(-kInfinity);
     if (k % 2 == 0) {
       top = larger(x[k], top);
     } else {
@@ -138,10 +138,10 @@ MIXLOADER_INLINE void take(Running& sums, const T* row, float softcap,
     const Floats e = exp_of(d);
     total += e;
     if constexpr (kAll) {
-      first = fused(e, larger(d, all(kVanishing)), first);
+      first = fused(e, larger(d, splat(kVanishing)), first);
       second = fused(e, e, second);
       const Floats off = x[k] - pivot;
-      spread += kVectors > 1 ? off : inside ? off : all(0.0f);
+      spread += kVectors > 1 ? off : inside ? off : splat(0.0f);
     }
   }
   sums.total += total;
@@ -181,7 +181,7 @@ RowSums sums_of(const T* row, std::size_t classes, std::size_t target,
   const float x_target = logits<T, kCapped>(at_target.elements, softcap)[0];
   // Any number near the logits does, so that their sum loses no accuracy.
   const float pivot = __builtin_isfinite(x_target) ? x_target : 0.0f;
-  Running sums{all(kLowest), {}, {}, {}, {}};
+  Running sums{splat(kLowest), {}, {}, {}, {}};
   const Ints whole = first_lanes(kLanes);
   std::size_t i = 0;
   for (; classes - i >= kBlock * kLanes; i += kBlock * kLanes) {
@@ -199,7 +199,7 @@ RowSums sums_of(const T* row, std::size_t classes, std::size_t target,
   for (std::size_t lane = 1; lane < kLanes; ++lane) {
     if (sums.top[lane] > top) top = sums.top[lane];
   }
-  move<kAll>(sums, all(top));
+  move<kAll>(sums, splat(top));
   return {top,
           sum(sums.total),
           x_target,
@@ -211,14 +211,14 @@ RowSums sums_of(const T* row, std::size_t classes, std::size_t target,
 
 template <typename T>
 RowSums row_sums(const void* row, std::size_t classes, std::size_t target,
-                 float softcap, bool all_of_them) {
+                 float softcap, bool all) {
   const auto* x = static_cast<const T*>(row);
   if (softcap > 0.0f) {
-    return all_of_them ? sums_of<T, true, true>(x, classes, target, softcap)
-                       : sums_of<T, true, false>(x, classes, target, softcap);
+    return all ? sums_of<T, true, true>(x, classes, target, softcap)
+               : sums_of<T, true, false>(x, classes, target, softcap);
   }
-  return all_of_them ? sums_of<T, false, true>(x, classes, target, softcap)
-                     : sums_of<T, false, false>(x, classes, target, softcap);
+  return all ? sums_of<T, false, true>(x, classes, target, softcap)
+             : sums_of<T, false, false>(x, classes, target, softcap);
 }
 
 // hit: at_target in the lane of the target, 0 in the others.

@@ -240,6 +240,7 @@ READ_ONLY.flags.writeable = False
         ({"domain_ids": Y[:3]}, "domain_ids are no divisor of rows"),
         ({"token_weights": X[0, :3]}, "token_weights are no contiguous array of 4"),
         ({"reference_losses": X[0, :3]}, "reference_losses are no contiguous array of 4"),
+        ({"domain_weights": [1.0, 2.0]}, "domain_weights are no array"),
         ({"domain_weights": X[0, ::2]}, "domain_weights are no contiguous array of 3"),
         ({"token_bytes": np.zeros(5, np.int32)}, "token_bytes are no"),
         ({"losses": X[0, :5]}, "losses are no contiguous array of 4"),
