@@ -272,8 +272,9 @@ def entry(**values):
         ("scenarios.one: unknown key sauce; the nearest known key is source", {"scenarios": {"one": {"sauce": []}}}),
         ("scenarios.one: unknown key model.layers", {"scenarios": {"one": {"train": {"model": {"layers": 1}}}}}),
         ("train has seed, which the comparison sets itself", {"train": {"seed": 3}}),
-        ("policies.x: unknown policy 'luck'; known policies are agent", entry(policy="luck")),
+        ("policies.x: unknown policy 'luck'; known policies are ", entry(policy="luck")),
         ("policies.x: policy 'fields' cannot be made with options", entry(policy="fields", options={"sauce": 1})),
+        ("policies.x: policy 'dbl' cannot be made with options {}.*target_losses", entry(policy="dbl")),
         ("policies.x: unknown key option", entry(option={})),
         ("a scenario is called '../one'", {"scenarios": {"../one": {}}}),
         ("probe 'poetry' is no domain of source or target", {"probes": ["poetry"]}),
@@ -311,5 +312,7 @@ def test_the_preference_of_a_scenario_reaches_policies_that_have_one():
     assert Entry().options_for("fixed", 0.8, {"weights": {"a": 1.0}}) == {"weights": {"a": 1.0}}
 
 
-def test_the_suite_of_the_example_is_sound():
+def test_the_suites_that_come_with_it_are_sound():
     Suite.load(ROOT / "examples" / "compare.yaml")
+    pytest.importorskip("mixloader.fitters")
+    Suite.load(ROOT / "bench" / "compare.yaml")
