@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 USAGE = """usage: python -m mixloader VERB ...
 
   train CONFIG [--key value ...]     train a model as a YAML file says, or go on with a run that was killed
+  compare SUITE [--out DIR] [...]    run policies side by side on the same data, tokens and seeds
   demo [...]                         see the agent mix a corpus made from this machine's own files
   pack OUT NAME=PATH ... [...]       tokenize folders of text into shards and a manifest
   index OUT NAME=PATH ... [...]      write a manifest over shards that stay where they are
@@ -79,6 +80,12 @@ def train_verb(argv: Sequence[str]) -> int:
     print(f"{result.steps} steps, {result.tokens} tokens, {result.tokens_per_second:,.0f} tokens/s")
     print(f"record {result.record}\ncheckpoint {result.checkpoint}")
     return 0
+
+
+def compare_verb(argv: Sequence[str]) -> int:
+    from mixloader.compare.run import main as compare
+
+    return compare(list(argv))
 
 
 def demo_verb(argv: Sequence[str]) -> int:
@@ -303,6 +310,7 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_verb,
+    "compare": compare_verb,
     "demo": demo_verb,
     "pack": pack_verb,
     "index": index_verb,

@@ -48,7 +48,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for key in ("vocab_size", "seq_len", "n_layer", "n_head", "n_kv_head", "n_embd", "n_inner"):
             _at_least(self, key, 1)
         _within(self, "dropout", 0.0, 0.99)
@@ -136,7 +136,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if not isinstance(self.data, (str, Path, Mapping)) or not self.data:
             raise ConfigError(f"data is {self.data!r}; expected a manifest.json, a folder of shards or {{name: path}}")
         if not self.out:
@@ -176,7 +176,7 @@ class TrainConfig:
     def load(cls, path: str | Path | None, overrides: Sequence[str]) -> TrainConfig:
         """A config from a YAML file, if any, and the `--key value` arguments that go over it (`parse_overrides`)."""
         values = {} if path is None else read_yaml(path)
-        return cls.from_dict(_merge(values, parse_overrides(overrides)))
+        return cls.from_dict(merge(values, parse_overrides(overrides)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values, so that `from_dict(to_dict())` is an equal config."""
@@ -235,11 +235,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return nested
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -263,7 +263,7 @@ def _likeness(known: str, key: str) -> float:
     return max(difflib.SequenceMatcher(None, *whole).ratio(), difflib.SequenceMatcher(None, *last).ratio() - 0.01)
 
 
-def _check_types(config: Any) -> None:
+def check_types(config: Any) -> None:
     """Bring every field of a frozen dataclass to its annotated type, or raise a ConfigError."""
     for name, hint in typing.get_type_hints(type(config)).items():
         # The classes are frozen for their users, not for their own checks.

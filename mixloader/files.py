@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mixloader.errors import StateError
 
 
 def replace(path: Path, content: bytes | str) -> None:
@@ -28,6 +32,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def sole_user(out: Path, what: str) -> Iterator[None]:
+    """Make `out` and hold it for this process; raises StateError if another `what` does. The kernel lets go of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StateError(f"another {what} works in {out}; wait for it, or choose another --out") from error
+        yield
 
 
 def cache_folder(folder: str | Path | None = None) -> Path:

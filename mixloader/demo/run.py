@@ -9,7 +9,6 @@ when the demo is killed is not done again by the next call.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import multiprocessing
 import os
@@ -18,8 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -32,10 +30,11 @@ from mixloader.config import TrainConfig
 from mixloader.demo.base import PARAMETERS, SEQ_LEN, base_model, digest, load_tokenizer
 from mixloader.demo.corpus import build_corpus, pack_corpus
 from mixloader.errors import ConfigError, MixLoaderError, StateError
-from mixloader.files import replace
+from mixloader.files import replace, sole_user
 from mixloader.manifest import Manifest
 from mixloader.policies import make_policy
 from mixloader.train.trainer import train
+from mixloader.workers import die_with_parent
 
 BATCH_SIZE = 8
 
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(args.out, args.seeds, args.steps, args.scale)
     started = time.monotonic()
     try:
-        with _sole_user(args.out):
+        with sole_user(args.out, "demo"):
             if args.fresh:
                 _remove_former(args.out)
             check_settings(settings)
@@ -203,7 +202,7 @@ def train_all(settings: Settings, jobs: int) -> None:
 def _work(settings: Settings, runs: list[tuple[str, int]], turn: Any) -> None:
     """One training process: takes runs in turn until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=die_with_parent, daemon=True).start()
     while True:
         with turn.get_lock():
             index = turn.value
@@ -215,14 +214,6 @@ def _work(settings: Settings, runs: list[tuple[str, int]], turn: Any) -> None:
         except MixLoaderError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
-
-
-def _die_with_parent() -> None:
-    """A demo that is killed leaves no process behind that would write into its folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _watch(settings: Settings, runs: list[tuple[str, int]], workers: list[Any]) -> None:
@@ -283,18 +274,6 @@ def summarize(settings: Settings) -> None:
     except MixLoaderError as error:
         print(f"picture  not drawn: {error}")
     print(f"records  {settings.out}/*/record.jsonl")
-
-
-@contextmanager
-def _sole_user(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; raises StateError if another demo does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StateError(f"another demo works in {out}; wait for it, or choose another --out") from error
-        yield
 
 
 def _remove_former(out: Path) -> None:
