@@ -251,6 +251,18 @@ def test_aioli_learns_a_round_by_hand():
     np.testing.assert_allclose(weights, e / e.sum(), rtol=1e-6)
 
 
+def test_after_the_trials_the_mixture_goes_back_until_they_are_read():
+    """Three trials of 4 steps from step 4 on; what they showed is known after step 15, and acts from step 19."""
+    policy = make_policy("aioli", rounds=1, trial_steps=4, update_steps=100)
+    path = train(transferring(), policy, table_of(3), 60, lag=3)
+    np.testing.assert_allclose(path[:4], 1 / 3)
+    assert (path[4:16].max(axis=1) == 0.625).all()
+    assert sorted(path[4:16:4].argmax(axis=1)) == [0, 1, 2]
+    np.testing.assert_allclose(path[16:19], 1 / 3)
+    assert path[19].argmax() == 1
+    np.testing.assert_array_equal(path[19:], np.tile(path[19], (41, 1)))
+
+
 # Gradients
 
 CENTRES = 3 * np.eye(4)
