@@ -32,7 +32,7 @@ class ActorCritic:
 
     warmup_steps: plan steps that follow ODM: 833, as in the source. gamma 0.95, tau 1e-3 (of the target networks) a
         minibatch, batch 32, updates (minibatches a decision) 1: as there. hidden: width of the networks.
-    learning_rate: of Adam, for both. memory: transitions kept; there 10,000, here 256, as they are part of a checkpoint.
+    learning_rate: of Adam, for both. memory: transitions kept; 256; there 10,000, but here they are saved.
     floor: part of the mixture shared out evenly, so that every domain goes on being measured.
     noise: standard deviation of what is added to the actor's logits to explore. seed: of the networks and of noise.
 
