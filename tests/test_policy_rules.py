@@ -273,6 +273,8 @@ def test_doge():
     np.testing.assert_allclose(decide("doge", table_of(2), [seen], preference=0.25), expected, rtol=1e-12)
     answer = decide("doge", table_of(2), [seen], preference=0.0)  # b is clipped at 0
     np.testing.assert_allclose(answer, parts(math.exp(0.05), 1.0), rtol=1e-12)
+    one = observe([1, 1], influence=[[math.nan, 8.0], [math.nan, -2.0]], gram=[[4.0, -1.0], [-1.0, 16.0]])
+    np.testing.assert_array_equal(answer, decide("doge", table_of(2), [one], preference=0.25))  # all for what is known
     # Toward the domains: cosines a-b 2 / 8, a-c 0, b-c 4 / 8; mean over all three.
     seen = observe([1, 1, 1], gram=[[4.0, 2.0, 0.0], [2.0, 16.0, 4.0], [0.0, 4.0, 4.0]])
     expected = parts(*(math.exp(0.05 * total / 3) for total in (1.25, 1.75, 1.5)))

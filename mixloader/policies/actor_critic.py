@@ -31,8 +31,8 @@ class ActorCritic:
     """AC-ODM's online learner, with networks over sets of domains and an actor that is trained.
 
     warmup_steps: plan steps that follow ODM: 833, as in the source. gamma 0.95, tau 1e-3 (of the target networks) a
-        minibatch, batch 32: as there. updates: minibatches a decision. hidden: width of the networks. learning_rate:
-        of Adam, for both. memory: transitions kept; there 10,000, here 256, since they are part of a checkpoint.
+        minibatch, batch 32, updates (minibatches a decision) 1: as there. hidden: width of the networks.
+    learning_rate: of Adam, for both. memory: transitions kept; 256; there 10,000, but here they are saved.
     floor: part of the mixture shared out evenly, so that every domain goes on being measured.
     noise: standard deviation of what is added to the actor's logits to explore. seed: of the networks and of noise.
 
@@ -53,7 +53,7 @@ class ActorCritic:
         gamma: float = 0.95,
         tau: float = 1e-3,
         batch: int = 32,
-        updates: int = 4,
+        updates: int = 1,
         hidden: int = 16,
         learning_rate: float = 1e-3,
         memory: int = 256,
