@@ -121,6 +121,15 @@ def test_every_law_predicts_chosen_losses_and_refuses_what_is_no_mixture(method)
             law.predict(wrong)
 
 
+def test_a_domain_that_no_run_has_read_is_refused_and_harmless_in_a_fold():
+    x = np.column_stack((simplex(21, 40, 3), np.zeros(40)))
+    y = PLANTED.predict(x)
+    with pytest.raises(ConfigError, match="domain 3 has weight zero in every run"):
+        fit("olmix", x, y)
+    unread = FITTERS["olmix"](x, y).predict([[0.0, 0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(unread[0], y.mean(axis=0))
+
+
 def test_mistakes_are_sentences():
     x = simplex(14, 10, 3)
     y = np.ones(10)
