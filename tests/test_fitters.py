@@ -52,6 +52,9 @@ def test_a_mixing_law_has_an_offset_below_zero_where_olmix_refuses():
 def test_rows_that_a_file_rounded_are_read_as_their_shares():
     law = Exponential(np.zeros(1), np.array([[50.0, 0.0]]))
     np.testing.assert_allclose(law.predict([[0.498, 0.5]]), law.predict([[0.498 / 0.998, 0.5 / 0.998]]))
+    x = simplex(22, 30, 4)
+    rounded = x * np.random.default_rng(23).uniform(0.995, 1.005, (30, 1))
+    np.testing.assert_allclose(fit("olmix", rounded, PLANTED.predict(x)).exponents, PLANTED.exponents, atol=1e-4)
 
 
 def test_the_linear_law_is_least_squares():
