@@ -118,6 +118,7 @@ def test_every_law_predicts_chosen_losses_and_refuses_what_is_no_mixture(method)
     law = fit(method, x, PLANTED.predict(x))
     assert isinstance(law, Law)
     assert (law.n_domains, law.n_fields) == (4, 2)
+    assert law.kl == (0.05 if method == "olmix" else 0.0)
     np.testing.assert_allclose(law.predict(x, [1]), law.predict(x)[:, [1]], rtol=1e-12)
     for wrong in ([[0.5, 0.5]], [[0.5, 0.6, 0.0, 0.0]], [[1.5, -0.5, 0.0, 0.0]], [[np.nan, 1.0, 0.0, 0.0]]):
         with pytest.raises(ConfigError, match="mixture"):
