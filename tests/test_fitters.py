@@ -52,6 +52,9 @@ def test_a_mixing_law_has_an_offset_below_zero_where_olmix_refuses():
 def test_rows_that_a_file_rounded_are_read_as_their_shares():
     law = Exponential(np.zeros(1), np.array([[50.0, 0.0]]))
     np.testing.assert_allclose(law.predict([[0.498, 0.5]]), law.predict([[0.498 / 0.998, 0.5 / 0.998]]))
+    x = simplex(22, 30, 4)
+    rounded = x * np.random.default_rng(23).uniform(0.995, 1.005, (30, 1))
+    np.testing.assert_allclose(fit("olmix", rounded, PLANTED.predict(x)).exponents, PLANTED.exponents, atol=1e-4)
 
 
 def test_the_linear_law_is_least_squares():
@@ -115,10 +118,20 @@ def test_every_law_predicts_chosen_losses_and_refuses_what_is_no_mixture(method)
     law = fit(method, x, PLANTED.predict(x))
     assert isinstance(law, Law)
     assert (law.n_domains, law.n_fields) == (4, 2)
+    assert law.kl == (0.05 if method == "olmix" else 0.0)
     np.testing.assert_allclose(law.predict(x, [1]), law.predict(x)[:, [1]], rtol=1e-12)
     for wrong in ([[0.5, 0.5]], [[0.5, 0.6, 0.0, 0.0]], [[1.5, -0.5, 0.0, 0.0]], [[np.nan, 1.0, 0.0, 0.0]]):
         with pytest.raises(ConfigError, match="mixture"):
             law.predict(wrong)
+
+
+def test_a_domain_that_no_run_has_read_is_refused_and_harmless_in_a_fold():
+    x = np.column_stack((simplex(21, 40, 3), np.zeros(40)))
+    y = PLANTED.predict(x)
+    with pytest.raises(ConfigError, match="domain 3 has weight zero in every run"):
+        fit("olmix", x, y)
+    unread = FITTERS["olmix"](x, y).predict([[0.0, 0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(unread[0], y.mean(axis=0))
 
 
 def test_mistakes_are_sentences():

@@ -115,7 +115,9 @@ def _fit_field(
         found, huber = _descend(x, y, delta, start, positive)
         if huber < least:
             best, least = found, huber
-    return float(_offset(best, positive)), best[1:]
+    offset = _offset(best, positive)
+    # Of a domain that no run has read (in a fold, say) nothing is known: it predicts the mean loss.
+    return offset, np.where(x.any(axis=0), best[1:], np.log(max(float(y.mean()) - offset, 1e-9)))
 
 
 def _descend(x: np.ndarray, y: np.ndarray, delta: float, start: np.ndarray, positive: bool) -> tuple[np.ndarray, float]:
