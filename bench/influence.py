@@ -64,7 +64,7 @@ class ExponentiatedWeights:
         return self.weights
 
     def decide(self, observation: Observation) -> np.ndarray:
-        if observation.influence is not None:
+        if observation.influence is not None and np.isfinite(observation.influence.value).any(0).all():
             self.weights = self.next(observation.influence.value)
         return self.weights
 

@@ -60,12 +60,8 @@ class Influence:
         logits: Callable[[nn.Module, Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ):
-        for name, value in {
-            "rank": rank,
-            "stride": stride,
-            "probe_every": probe_every,
-            "probe_rows": probe_rows,
-        }.items():
+        counts = {"rank": rank, "stride": stride, "probe_every": probe_every, "probe_rows": probe_rows}
+        for name, value in counts.items():
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
         if not 0 < half_life < float("inf"):
@@ -78,6 +74,7 @@ class Influence:
         self.layers = self._sketcher.names
         self._by_backward = False
         self._passes: list[Pass] = []
+        self._told = False  # whether a loss of this plan step has said whose its rows are
         self.step = 0  # the plan step that comes next
 
     def begin(self, names: Sequence[str], batch_size: int, rows: ProbeRows | None = None) -> None:
@@ -112,7 +109,7 @@ class Influence:
 
     def at(self, step: int) -> None:
         """Plan step `step` comes next."""
-        self.step, self._passes = step, []
+        self.step, self._passes, self._told = step, [], False
         self._sketcher.enabled = (step + 1) % self.stride == 0
         if self._sketcher.enabled:
             self._sketcher.prepare(self.batch_size, self._device)
@@ -140,6 +137,7 @@ class Influence:
         now = Pass(self._sketcher, domain_ids, divisor, domain_weights)
         loss.register_hook(now.begin)
         self._passes.append(now)
+        self._told = True
         self._sketcher.prepare(self.batch_size, self._device)
 
     def _collect(self) -> None:
@@ -161,6 +159,12 @@ class Influence:
         probe; they are on their way while training goes on.
         """
         sketched, probe = self._sketcher.enabled, (self.step + 1) % self.probe_every == 0
+        if sketched and not self._told:
+            raise ConfigError(
+                f"plan step {self.step} is one with sketches, but no loss said whose its rows are; compute it with "
+                "domain_cross_entropy(..., domain_ids, stats=mixer.stats), outside of torch.compile, or call "
+                "influence.rows(loss, domain_ids, divisor) before its backward pass"
+            )
         self._collect()
         self._passes = []
         if sketched or probe:

@@ -199,7 +199,9 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     """Features in and out."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # type: ignore[arg-type]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
 
 
 def _signs(seed: int, name: str, side: str, width: int, rank: int) -> Tensor:

@@ -441,6 +441,18 @@ def test_a_layer_that_sees_no_rows_is_named():
         influence.end_step()
 
 
+def test_a_step_whose_loss_does_not_say_its_rows_is_refused():
+    model = small_model()
+    influence, _ = begin(model, 12, stride=2)
+    batch = rows(12, 0)
+    for step in range(2):
+        domain_cross_entropy(model(batch["input_ids"]), batch["targets"], batch["domain_ids"]).backward()
+        if step == 0:
+            influence.end_step()
+    with pytest.raises(ConfigError, match="plan step 1 is one with sketches, but no loss said whose its rows are"):
+        influence.end_step()
+
+
 def test_no_hook_is_left_after_close():
     model = small_model()
     influence, _ = begin(model, 12)
