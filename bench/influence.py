@@ -32,7 +32,7 @@ from mixloader.observation import DomainTable, Observation
 
 DECIDE_EVERY = 10
 LEARNING_RATE = 1e-3
-PILOT = {"probe_rows": 24, "half_life": 10.0}
+PILOT = {"probe_every": 10, "probe_rows": 24, "half_life": 10.0}
 
 WAYS: dict[str, dict[str, Any] | None] = {
     "natural": None,

@@ -43,6 +43,7 @@ class Influence:
 
     A row's gradient is that of the sum of its token losses, whatever the loss was divided by or scaled with. Rows whose
     gradient is not finite (as under GradScaler, now and then) are left out. Memory: (D + F) x layers x r² floats.
+    The defaults cost 0.3 % of a step of 480 rows (GPT-2 124M, estimated); with fewer rows a step raise probe_every.
     """
 
     def __init__(

@@ -514,7 +514,7 @@ def test_a_state_goes_on_exactly_and_is_of_one_run():
             assert np.array_equal(getattr(table(part), key), getattr(table(whole), key), equal_nan=True), key
     with pytest.raises(StateError, match="other settings"):
         begin(model, 12, rank=8)[0].load_state_dict(saved)
-    other = Influence(model, probes(), rank=16, stride=1, probe_every=1)
+    other = Influence(model, probes(), rank=16, half_life=20.0)
     other.begin(("one", "two"), 12)
     with pytest.raises(StateError, match="is of 3 domains; this run has 2"):
         other.load_state_dict(saved)
