@@ -76,6 +76,7 @@ def test_regmix_ranks_what_a_line_cannot():
     fresh = simplex(8, 200, 3)
     real = np.abs(fresh[:, 0] - 0.4)
     assert spearman(law.predict(fresh)[:, 0], real) > 0.95
+    assert np.abs(law.predict(fresh)[:, 0] - real - 1).mean() < 0.02  # in the units of the losses, not their logarithm
     assert spearman(fit("linear", x, y).predict(fresh)[:, 0], real) < 0.6
 
 

@@ -138,6 +138,12 @@ def test_simulation_is_the_mean_of_the_best_draws():
     expected = draws[np.argsort(scores)[:100]].mean(axis=0)
     found = propose(LAW, PRIOR, search="simulation", kl=0, draws=3000, best=100, seed=5)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
+    # Draws beyond a cap are moved to the nearest mixture within before they are compared.
+    within = project(np.log(draws), np.zeros(4), np.full(4, 0.4))
+    expected = within[np.argsort(LAW.predict(within).mean(axis=1), kind="stable")[:100]].mean(axis=0)
+    found = propose(LAW, PRIOR, search="simulation", kl=0, draws=3000, best=100, seed=5, cap=0.4)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(propose(LAW, PRIOR, search="simulation", kl=1e3, draws=3000, best=10), PRIOR, atol=0.05)
 
 
 def test_simulation_comes_near_the_exact_search_and_targets_of_any_sign_are_simulated():
