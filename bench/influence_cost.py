@@ -12,11 +12,16 @@ import torch
 from bench.common import in_turn, spread
 from mixloader import Influence
 from mixloader.config import ModelConfig
+from mixloader.influence import affordable_probe_every
 from mixloader.loss import domain_cross_entropy
 from mixloader.stats import DomainStats
 from mixloader.train.model import build_model
 
-DEFAULTS = {"rank": 32, "stride": 20, "probe_every": 20, "probe_rows": 8}
+
+def defaults(rows: int, fields: int = 2) -> dict[str, Any]:
+    """Of Influence, in a long run of `rows` rows a step."""
+    probe_every = max(20, affordable_probe_every(8 * fields, rows))
+    return {"rank": 32, "stride": 20, "probe_every": probe_every, "probe_rows": 8, "rows": rows}
 
 
 def counted(
@@ -92,8 +97,8 @@ def measured(rounds: int) -> list[dict[str, Any]]:
 
 
 def cost_rows(rounds: int) -> list[dict[str, Any]]:
-    table = [counted(**DEFAULTS), counted(**DEFAULTS | {"rank": 16}), counted(**DEFAULTS | {"stride": 1})]
-    table.append(counted(**DEFAULTS, rows=12))
+    long = defaults(480)
+    table = [counted(**long), counted(**long | {"rank": 16}), counted(**long | {"stride": 1}), counted(**defaults(12))]
     for row in table:
         print(row, flush=True)
     return [*table, *measured(rounds)]

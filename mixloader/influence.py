@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -29,21 +30,27 @@ from mixloader.stats import recomputing
 if TYPE_CHECKING:
     from mixloader.loader import MixLoader
 
+_PROBE_SHARE = 0.0025  # of the arithmetic of training, by default
+_STRIDE = 20  # plan steps
+_LEAST_SKETCHED, _LEAST_PROBES = 32, 16  # plan steps of a run whose length is known
+
 
 class Influence:
     """Measures influence while a model trains. Give it to Mixer(influence=...), which drives it.
 
     model: before or after DDP, FSDP or torch.compile wrap it, but before its first compiled call. probes: batches by
         field (probe_rows.py); by default the held-out windows of the loader's domains, by field.
-    rank, layers: of the sketches, see Sketcher. stride: plan steps from one with sketches to the next.
-    probe_every, probe_rows: plan steps between probes, and rows a field in each. half_life: plan steps after which a
-        row's or a probe's weight has halved.
+    rank, layers: of the sketches, see Sketcher. stride: plan steps from one with sketches to the next, by default 20.
+    probe_every, probe_rows: plan steps between probes, and rows a field in each. By default as many steps as keep the
+        probes within 0.25 % of the arithmetic of training, and not less than `stride`.
+    half_life: plan steps after which a row's or a probe's weight has halved; by default twice `probe_every`.
     logits: from (model, input_ids [n, T]) to logits [n, T, V]; by default model(input_ids), its `.logits` or its
         first part. dtype: autocast of the probe, torch.bfloat16 where training uses it. seed: of the projections.
 
     A row's gradient is that of the sum of its token losses, whatever the loss was divided by or scaled with. Rows whose
     gradient is not finite (as under GradScaler, now and then) are left out. Memory: (D + F) x layers x r² floats.
-    The defaults cost 0.3 % of a step of 480 rows (GPT-2 124M, estimated); with fewer rows a step raise probe_every.
+    The defaults cost 0.3 to 0.5 % of a step (GPT-2 124M, estimated), except in short runs: where the loader's max_steps
+    is known, there are 32 steps with sketches and 16 probes at least.
     """
 
     def __init__(
@@ -53,23 +60,23 @@ class Influence:
         *,
         rank: int = 32,
         layers: str | Sequence[str] | None = None,
-        stride: int = 20,
-        probe_every: int = 20,
+        stride: int | None = None,
+        probe_every: int | None = None,
         probe_rows: int = 8,
-        half_life: float = 40.0,
+        half_life: float | None = None,
         seed: int = 0,
         logits: Callable[[nn.Module, Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
     ):
         counts = {"rank": rank, "stride": stride, "probe_every": probe_every, "probe_rows": probe_rows}
         for name, value in counts.items():
-            if type(value) is not int or value < 1:
+            if (type(value) is not int or value < 1) and (value is not None or name not in ("stride", "probe_every")):
                 raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
-        if not 0 < half_life < float("inf"):
+        if half_life is not None and not 0 < half_life < float("inf"):
             raise ConfigError(f"half_life is {half_life!r}; expected plan steps above 0")
         self.model, self._probes = model, probes
-        self.rank, self.stride, self.probe_every, self.probe_rows = rank, stride, probe_every, probe_rows
-        self.half_life, self.seed, self.dtype = float(half_life), seed, dtype
+        self.rank, self.probe_rows, self.seed, self.dtype = rank, probe_rows, seed, dtype
+        self._stride, self._probe_every, self._half_life = stride, probe_every, half_life
         self._logits = _default_logits if logits is None else logits
         self._sketcher = Sketcher(model, rank, layers, seed)
         self.layers = self._sketcher.names
@@ -78,14 +85,29 @@ class Influence:
         self._told = False  # whether a loss of this plan step has said whose its rows are
         self.step = 0  # the plan step that comes next
 
-    def begin(self, names: Sequence[str], batch_size: int, rows: ProbeRows | None = None) -> None:
-        """Begin a run on domains `names`, in micro-batches of `batch_size` rows. A Mixer calls it."""
+    def begin(
+        self,
+        names: Sequence[str],
+        batch_size: int,
+        rows: ProbeRows | None = None,
+        *,
+        step_rows: int | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Begin a run on domains `names`, in micro-batches of `batch_size` rows. A Mixer calls it.
+
+        step_rows: rows of a plan step over all ranks, by default `batch_size`. steps: of the run, if that is known.
+        """
         self.names, self.batch_size = tuple(names), batch_size
         if rows is None:
             if self._probes is None:
                 raise ConfigError("influence has no probes; give Influence `probes`, or use it with a Mixer")
             rows = ProbeRows(self._probes)
         self._rows, self.fields = rows, rows.fields
+        self.stride = self._stride or _at_most(_STRIDE, steps, _LEAST_SKETCHED)
+        affordable = affordable_probe_every(len(self.fields) * self.probe_rows, step_rows or batch_size)
+        self.probe_every = self._probe_every or _at_most(max(self.stride, affordable), steps, _LEAST_PROBES)
+        self.half_life = float(self._half_life or 2 * self.probe_every)
         self._device = self._sketcher.device()
         if self._device.type == "meta":
             raise ConfigError("the model has no parameters yet (they are on 'meta'); make them before the Mixer")
@@ -100,7 +122,8 @@ class Influence:
     def begin_with(self, loader: MixLoader) -> None:
         """begin() on the domains of a loader; its held-out windows are the probes, if none were given."""
         probes = field_probes(loader) if self._probes is None else self._probes
-        self.begin(loader.names, loader.batch_size, ProbeRows(probes, loader.vocab_size))
+        rows = ProbeRows(probes, loader.vocab_size)
+        self.begin(loader.names, loader.batch_size, rows, step_rows=loader.global_batch, steps=loader.max_steps)
         self.at(loader.step)
 
     @property
@@ -301,6 +324,17 @@ class Influence:
         """Take the hooks away from the model. A Mixer that is closed calls it."""
         self._sketcher.close()
         self._passes = []
+
+
+def affordable_probe_every(probed_rows: int, step_rows: int) -> int:
+    """Plan steps of `step_rows` rows to a probe of so many: a forward pass and, of the backward, the half without
+    parameters."""
+    return math.ceil(probed_rows * 2 / 3 / (_PROBE_SHARE * step_rows))
+
+
+def _at_most(every: int, steps: int | None, times: int) -> int:
+    """`every` steps, or as few as happen so many times in a run."""
+    return every if steps is None else max(1, min(every, steps // times))
 
 
 def _share(rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -480,6 +480,21 @@ def test_options_and_probes_are_checked():
         ProbeRows({"a": [{"input_ids": torch.zeros(2, 3), "targets": torch.zeros(2, 4)}]})
 
 
+@pytest.mark.parametrize(
+    ("step_rows", "steps", "expected"),
+    [(480, None, (20, 20)), (12, None, (20, 356)), (12, 10_000, (20, 356)), (12, 1600, (20, 100)), (12, 10, (1, 1))],
+)
+def test_probes_come_less_often_with_few_rows_a_step_and_often_enough_in_a_short_run(step_rows, steps, expected):
+    influence = Influence(small_model(), probes())
+    influence.begin(NAMES, 4, step_rows=step_rows, steps=steps)
+    assert len(influence.fields) == 2
+    assert (influence.stride, influence.probe_every) == expected
+    assert influence.half_life == 2 * influence.probe_every
+    given = Influence(small_model(), probes(), stride=7, probe_every=3, half_life=5)
+    given.begin(NAMES, 4, step_rows=step_rows, steps=steps)
+    assert (given.stride, given.probe_every, given.half_life) == (7, 3, 5)
+
+
 def test_probes_go_on_where_they_ended_and_may_be_a_function():
     pool = ProbeRows({"a": [{"input_ids": torch.arange(5)[:, None], "targets": torch.arange(5)[:, None]}]})
     assert [pool.take(n, 2)[0].flatten().tolist() for n in range(3)] == [[0, 1], [2, 3], [4, 0]]
