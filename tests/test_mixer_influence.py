@@ -193,7 +193,7 @@ def test_the_record_holds_influence_where_it_is_new(data, tmp_path):
     record = read_record(path)
     assert record.header["influence"] == {
         "fields": ["source", "target"], "layers": 8, "rank": 4, "stride": 2, "probe_every": 3, "probe_rows": 4,
-        "half_life": 40.0, "seed": 0,
+        "half_life": 6.0, "seed": 0,
     }  # fmt: skip
     assert [d["step"] for d in record.decisions if "influence" in d] == [1, 2, 3, 5, 7]
     for decision, observation in zip(record.decisions, policy.seen, strict=True):
