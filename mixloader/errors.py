@@ -33,6 +33,10 @@ class RecordError(MixLoaderError, ValueError):
     """A run record that cannot be read or does not belong to this data."""
 
 
+class ProbeError(MixLoaderError, ValueError):
+    """A probe file that holds something else than questions with answers."""
+
+
 class TableError(MixLoaderError, ValueError):
     """A CSV file of runs, losses or weights that cannot be read as one. The message names file, line and column."""
 

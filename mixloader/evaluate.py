@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixloader.batch import IGNORED
 from mixloader.heldout import HeldOut
@@ -29,10 +32,8 @@ def held_out_loss(
     mode meanwhile, and no statistics are counted; autocast is the caller's choice.
     Raises TokenError for a token outside the vocabulary, ShardError for a shard that cannot be read.
     """
-    was_training = model.training
-    model.eval()
     losses = {}
-    try:
+    with evaluating(model):
         for name in HeldOut(manifest, batch_size, seq_len, windows_per_domain=windows_per_domain).names:
             batches = HeldOut(
                 manifest,
@@ -43,9 +44,26 @@ def held_out_loss(
                 vocab_size=vocab_size,
             )
             losses[name] = _mean_loss(model, batches, device)
+    return losses
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`eval()` mode, and afterwards the mode that the model was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return losses
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """[B, T, V] from input_ids [B, T]: what the model returns, its `.logits`, or the first of several outputs."""
+    output = model(input_ids)
+    if isinstance(output, tuple):
+        return output[0]
+    return output if isinstance(output, Tensor) else output.logits
 
 
 @torch.no_grad()
@@ -56,7 +74,7 @@ def _mean_loss(model: nn.Module, batches: HeldOut, device: torch.device | str) -
         inputs, targets = batch["input_ids"], batch["targets"]
         count += int((targets != IGNORED).sum())
         # The model is causal, so what stands after the end of a window does not change what stands before.
-        logits = model(inputs.to(device, non_blocking=True))
+        logits = logits_of(model, inputs.to(device, non_blocking=True))
         targets = targets.to(device, non_blocking=True).flatten()
         total += nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum"
