@@ -1,5 +1,5 @@
-"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | report | mixtures |
-fit | fit-agent`.
+"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | score | report |
+mixtures | fit | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -30,6 +30,7 @@ USAGE = """usage: python -m mixloader VERB ...
   verify MANIFEST                    compare the shards of a manifest with what it says of them
   replay RECORD DATA [--steps N]     draw a recorded run's token stream again and print its checksum
   locate RECORD DATA --step S        say where the rows of a recorded step stood
+  score RUN DATA --out FILE          a reference model's loss on each domain, for policies that need it
   report RUN ...                     a table and a picture of finished runs
   mixtures OUT -n N [...]            sample mixtures to train small runs on
   fit --method NAME [...]            fit what such runs ended with (regmix, olmix, ...) and propose a mixture
@@ -247,6 +248,72 @@ def locate_verb(argv: Sequence[str]) -> int:
     return 0
 
 
+def score_verb(argv: Sequence[str]) -> int:
+    parser = _parser(
+        "score",
+        "Write the loss of a trained model on each domain (nats a token), or the one it will have after more tokens, "
+        "as a file for the policies' reference_losses and target_losses.",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint in it")
+    parser.add_argument("data", nargs="?", help="the domains: a manifest.json or a folder of shards")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--split", choices=["train", "held_out"], default="train", help="of the data")
+    parser.add_argument("--windows", type=int, default=256, help="windows of a domain, 0 for all; default 256")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the training windows that are taken")
+    parser.add_argument(
+        "--at_tokens", type=float, help="instead: extrapolate the run's held-out losses to so many tokens of training"
+    )
+    parser.add_argument("--from_tokens", type=float, default=0, help="with --at_tokens: leave out earlier losses")
+    _add_root(parser)
+    args = parser.parse_args(argv)
+    if args.windows < 0:
+        raise ConfigError(f"--windows is {args.windows}; expected 0 or more")
+    if (args.data is None) == (args.at_tokens is None):
+        raise ConfigError("expected either data to score or --at_tokens to extrapolate to, and not both")
+    losses = _extrapolated(args) if args.data is None else _scored(args)
+    for name, (loss, error, what) in losses.items():
+        print(f"{name:<24}{loss:>10.4f}   {what} {error:.4f}")
+    print(f"losses {args.out}")
+    return 0
+
+
+def _scored(args: argparse.Namespace) -> dict[str, tuple[float, float, str]]:
+    from mixloader.manifest import Manifest
+    from mixloader.scorer import score_domains, write_losses
+    from mixloader.train.checkpoint import load_model
+    from mixloader.train.trainer import resolve_device
+
+    device, manifest = resolve_device(args.device), Manifest.open(args.data, roots=args.root)
+    model = load_model(args.run)
+    scores = score_domains(
+        model.to(device),
+        manifest,
+        seq_len=model.seq_len,
+        split=args.split,
+        windows_per_domain=args.windows or None,
+        batch_size=args.batch_size,
+        vocab_size=model.vocab_size,
+        seed=args.seed,
+        device=device,
+    )
+    write_losses(args.out, scores, model=str(args.run), manifest=manifest.fingerprint, split=args.split)
+    return {name: (score.loss, score.standard_error, "standard error") for name, score in scores.items()}
+
+
+def _extrapolated(args: argparse.Namespace) -> dict[str, tuple[float, float, str]]:
+    from dataclasses import asdict
+
+    from mixloader.scaling_law import fit_scaling_laws, points_of_run
+    from mixloader.scorer import write_losses
+
+    laws = fit_scaling_laws(points_of_run(args.run, args.from_tokens))
+    losses = {name: {"loss": law(args.at_tokens), "law": asdict(law)} for name, law in laws.items()}
+    write_losses(args.out, losses, run=str(args.run), at_tokens=args.at_tokens)
+    return {name: (law(args.at_tokens), law.error, "error of the fit") for name, law in laws.items()}
+
+
 def report_verb(argv: Sequence[str]) -> int:
     from mixloader.report import main as report
 
@@ -317,6 +384,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": verify_verb,
     "replay": replay_verb,
     "locate": locate_verb,
+    "score": score_verb,
     "report": report_verb,
     "mixtures": mixtures_verb,
     "fit": fit_verb,

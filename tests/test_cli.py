@@ -155,7 +155,7 @@ def test_pack_makes_data_that_train(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "unknown verb 'trian'; the verbs are train, demo, pack"),
+        (["trian"], "unknown verb 'trian'; the verbs are train, compare, demo, pack"),
         (["train", "none.yaml"], "cannot read the config none.yaml"),
         (["train", "--data", "nowhere", "--out", "run"], "nowhere does not exist"),
         (
