@@ -11,6 +11,8 @@ for batch in loader:
 
 from importlib.metadata import version as _version
 
+from mixloader.answers import Answers
+from mixloader.guards import Guards
 from mixloader.influence import Influence
 from mixloader.linear_loss import LinearDomainCrossEntropy, linear_domain_cross_entropy
 from mixloader.loader import MixLoader
@@ -22,18 +24,22 @@ from mixloader.policies import Policy
 from mixloader.record import read_record
 from mixloader.replay import replay
 from mixloader.schedule import Schedule
+from mixloader.scorer import Reference
 from mixloader.stats import DomainStats
 
 __version__ = _version("mixloader")
 __all__ = [
+    "Answers",
     "DomainCrossEntropy",
     "DomainStats",
+    "Guards",
     "Influence",
     "LinearDomainCrossEntropy",
     "Manifest",
     "MixLoader",
     "Mixer",
     "Policy",
+    "Reference",
     "Schedule",
     "__version__",
     "domain_cross_entropy",

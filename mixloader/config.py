@@ -89,8 +89,15 @@ class TrainConfig:
     grad_accumulation_steps: micro-batches a step.
     policy, policy_options: what decides the mixture ("natural", "uniform", "fixed", "fields", "agent").
     weights: the mixture of the first steps, by domain; None leaves it to the policy.
+    act: "sampling", or "objective": the policy weights token losses, and the mixture that is drawn stays.
+    guards: bounds on the weights and on the time of the policy, options of Guards: floor, cap, fields, change,
+        deadline_s.
     decide_every, lag: steps between decisions, and steps until one takes effect.
     feedback: report held-out losses to the policy.
+    answers: probe files (JSON lines) by "source", "target" or domain; the loss of their gold answers is reported in
+        place of held-out loss. Text in them needs the tokenizer that the manifest names.
+    reference: a run's folder or checkpoint; tokens are compared with the losses of its model, for policies that need
+        the excess. In policy_options, reference_losses and target_losses may be files of `mixloader score`.
     influence: measure influence for the policy, with these options of Influence ({} for the defaults); None does not.
     learning_rate, min_lr, warmup_steps: linear warm-up, then a cosine down to min_lr (None: a tenth).
     weight_decay: of matrices only. betas: of AdamW. grad_clip: largest gradient norm, 0 for none.
@@ -114,9 +121,13 @@ class TrainConfig:
     policy: str = "agent"
     policy_options: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, float] | None = None
+    act: Literal["sampling", "objective"] = "sampling"
+    guards: dict[str, Any] = field(default_factory=dict)
     decide_every: int = 1
     lag: int = 1
     feedback: bool = False
+    answers: dict[str, str] = field(default_factory=dict)
+    reference: str | None = None
     influence: dict[str, Any] | None = None
     learning_rate: float = 1e-3
     min_lr: float | None = None
@@ -154,6 +165,8 @@ class TrainConfig:
             raise ConfigError(f"min_lr is {self.min_lr}, above learning_rate = {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {list(self.betas)}; expected two numbers in [0, 1)")
+        if self.answers and not self.feedback:
+            raise ConfigError("answers are given, but feedback is false; set it, or leave them out")
         if self.model.seq_len is not None and self.model.seq_len < self.seq_len:
             raise ConfigError(f"seq_len is {self.seq_len}, above model.seq_len = {self.model.seq_len}")
 

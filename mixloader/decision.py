@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mixloader.deadline import TimedPolicy
+from mixloader.errors import ConfigError
+from mixloader.guards import Guards
 from mixloader.influence_table import InfluenceSnapshot
-from mixloader.mixture import as_weights, quantize, without
+from mixloader.mixture import as_fractions, as_weights, quantize, without
 from mixloader.observation import DomainTable
 from mixloader.policies import Policy
 from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json, rows_to_json
@@ -26,7 +29,8 @@ class Decision:
     counts, loss, loss_tokens, all [D], and feedback cover what came since the last decision: rows
     read, nats a token (NaN where nothing was read), tokens with a loss, evaluations.
     tokens: trained on so far. error: what the policy failed with, if it did. influence: [D][F], if it was measured
-    since the last decision; None for what is not known.
+    since the last decision; None for what is not known. requested: int64 [D], what the policy asked for, where guards
+    made `units` something else.
     """
 
     step: int
@@ -39,6 +43,7 @@ class Decision:
     units: np.ndarray | None
     error: str | None
     influence: list[list[float | None]] | None = None
+    requested: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able and exact."""
@@ -48,6 +53,7 @@ class Decision:
             "loss": numbers_to_json(self.loss),
             "loss_tokens": self.loss_tokens.tolist(),
             "units": None if self.units is None else self.units.tolist(),
+            "requested": None if self.requested is None else self.requested.tolist(),
         }
 
     def grown(self, more: int) -> Decision:
@@ -58,15 +64,17 @@ class Decision:
             loss=np.append(self.loss, np.full(more, math.nan)),
             loss_tokens=np.append(self.loss_tokens, np.zeros(more, dtype=np.int64)),
             units=None,
+            requested=None,
             influence=None if self.influence is None else self.influence + [[None] * len(self.influence[0])] * more,
         )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Decision:
         """What to_json gave, back."""
-        arrays = {key: np.array(values[key], dtype=np.int64) for key in ("counts", "loss_tokens")}
-        units = None if values["units"] is None else np.array(values["units"], dtype=np.int64)
-        return cls(**{**values, **arrays, "loss": numbers_from_json(values["loss"]), "units": units})
+        arrays: dict[str, Any] = {key: np.array(values[key], dtype=np.int64) for key in ("counts", "loss_tokens")}
+        for key in ("units", "requested"):
+            arrays[key] = None if values.get(key) is None else np.array(values[key], dtype=np.int64)
+        return cls(**{**values, **arrays, "loss": numbers_from_json(values["loss"])})
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Task:
     units: int64 [D], the weights of `effect` as the loader knows them; earlier: decisions under way that
     will have changed them by then. feedback: by name, the latest value and the step it was reported after.
     sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to them. influence: up to `step`.
+    exhausted: domains that have run out by `step`.
     """
 
     step: int
@@ -88,6 +97,7 @@ class Task:
     sums: np.ndarray
     snapshots: list[StatsSnapshot]
     influence: InfluenceSnapshot | None = None
+    exhausted: tuple[str, ...] = ()
 
 
 @dataclass
@@ -110,12 +120,22 @@ class Decider:
     """Runs a policy in a thread of its own, one task after the other.
 
     domains: the policy was reset with them. builder: of the observations. removed: names that get no weight.
+    guards: what holds for its weights.
     """
 
     def __init__(
-        self, policy: Policy, domains: DomainTable, builder: ObservationBuilder, removed: tuple[str, ...] = ()
+        self,
+        policy: Policy,
+        domains: DomainTable,
+        builder: ObservationBuilder,
+        removed: tuple[str, ...] = (),
+        guards: Guards | None = None,
     ):
-        self.policy, self.domains, self.builder, self.removed = policy, domains, builder, removed
+        self.domains, self.builder, self.removed, self.guards = domains, builder, removed, guards
+        self.policy = policy
+        if guards is not None and guards.deadline_s is not None:
+            self.policy = TimedPolicy(policy, guards.deadline_s)
+        self._bounds = None if guards is None else guards.bind(domains, check=False)
         # The executor's thread is no daemon; the interpreter joins it at exit if close() was not called.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mixloader-policy")
 
@@ -126,6 +146,7 @@ class Decider:
     def change_domains(self, domains: DomainTable, removed: tuple[str, ...], windows: np.ndarray) -> None:
         """Go on with more domains, or fewer that may have a weight; the policy was reset with them. As state_dict."""
         self.domains, self.removed = domains, removed
+        self._bounds = None if self.guards is None else self.guards.bind(domains, check=False)
         self.builder.grow(windows)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,23 +161,31 @@ class Decider:
     def close(self) -> None:
         """End the thread, after the tasks that were handed in."""
         self._thread.shutdown(wait=True)
+        if isinstance(self.policy, TimedPolicy):
+            self.policy.close()
 
     def decide(self, task: Task) -> Decision:
         """What the thread runs for a task."""
         stats = StatsTable(task.sums + sum(snapshot.wait().sums for snapshot in task.snapshots))
         influence = None if task.influence is None else task.influence.wait()
         before, cursors_before = self.builder.step, self.builder.cursors
+        in_force = _in_force(task)
         observation = self.builder.build(
-            task.step, task.effect, task.cursors, _in_force(task), stats, task.feedback, influence
+            task.step, task.effect, task.cursors, in_force, stats, task.feedback, influence
         )
-        units, error = None, None
+        units, requested, error = None, None, None
         new = observation.loss.age == 0
         loss, loss_tokens = np.where(new, observation.loss.value, math.nan), np.where(new, observation.loss.count, 0)
         try:
+            if "excess" in self.policy.needs and observation.excess is None and before >= 0:
+                # Not after the first steps: a run may begin at its reference.
+                raise ConfigError(
+                    "the policy needs the excess over a reference, and no reference losses were given; pass "
+                    "reference_losses=... to domain_cross_entropy (mixloader.scorer.Reference gives them)"
+                )
             answer = self.policy.decide(observation)
             if answer is not None:
-                names = self.domains.names
-                units = quantize(without(self.removed, as_weights(answer, names), names))
+                units, requested = self._guarded(answer, in_force, observation.tokens_since, task.exhausted)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"[:300]
         return Decision(
@@ -170,7 +199,32 @@ class Decider:
             units=units,
             error=error,
             influence=None if influence is None or influence.latest <= before else rows_to_json(influence.value),
+            requested=requested,
         )
+
+    def first(self, weights: np.ndarray) -> np.ndarray:
+        """int64 [D]: the integer weights for float64 [D], of a run or of a new table of domains, between the bounds."""
+        weights = without(self.removed, weights, self.domains.names)
+        return quantize(weights if self._bounds is None else self._bounds.bound(weights, self._closed(())))
+
+    def _guarded(
+        self, answer: Any, in_force: np.ndarray, tokens_since: int, exhausted: tuple[str, ...]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Integer weights [D] for the answer of a policy, and those that it asked for if they are others."""
+        names = self.domains.names
+        weights = without(self.removed, as_weights(answer, names), names)
+        asked = quantize(weights)
+        if self._bounds is None:
+            return asked, None
+        bounded = self._bounds.apply(weights, as_fractions(in_force), tokens_since, self._closed(exhausted))
+        units = quantize(bounded)
+        # One unit, 2^-30, may be a matter of rounding.
+        return (units, asked) if np.abs(units - asked).max() > 1 else (asked, None)
+
+    def _closed(self, exhausted: tuple[str, ...]) -> np.ndarray | None:
+        """bool [D]: domains that get nothing; None for none, or if there is no other."""
+        closed = np.array([name in self.removed or name in exhausted for name in self.domains.names])
+        return closed if closed.any() and not closed.all() else None
 
 
 def _in_force(task: Task) -> np.ndarray:

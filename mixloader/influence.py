@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mixloader.batch import IGNORED
 from mixloader.errors import ConfigError, StateError
+from mixloader.evaluate import logits_of
 from mixloader.influence_table import InfluenceSnapshot
 from mixloader.probe_rows import ProbeRows, Probes, field_probes
 from mixloader.row_sums import RowSums
@@ -77,7 +78,7 @@ class Influence:
         self.model, self._probes = model, probes
         self.rank, self.probe_rows, self.seed, self.dtype = rank, probe_rows, seed, dtype
         self._stride, self._probe_every, self._half_life = stride, probe_every, half_life
-        self._logits = _default_logits if logits is None else logits
+        self._logits = logits_of if logits is None else logits
         self._sketcher = Sketcher(model, rank, layers, seed)
         self.layers = self._sketcher.names
         self._by_backward = False
@@ -343,13 +344,6 @@ def _share(rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     each = -(-rows // ranks)
     mine = rank * each + torch.arange(each)
     return mine % rows, mine < rows
-
-
-def _default_logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    output = model(inputs)
-    if isinstance(output, tuple):
-        return output[0]
-    return output if isinstance(output, Tensor) else output.logits
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

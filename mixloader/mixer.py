@@ -18,9 +18,11 @@ import torch
 
 from mixloader.decision import Decider, Decision, Pending, Task
 from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.guards import Guards
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
-from mixloader.mixture import as_weights, quantize, without
+from mixloader.mixture import as_fractions, as_weights, quantize, without
+from mixloader.objective import Objective
 from mixloader.policies import Policy, make_policy
 from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
@@ -46,6 +48,10 @@ class Mixer:
     influence: an Influence on the model, for policies that need it; the Mixer drives it from step to step and closes
         it. Its state is saved apart (influence.state_dict()), as it is tensors.
 
+    act: "sampling", or "objective": the loader's mixture stays as it is, and what the policy decides is told by
+        `domain_weights`, at the same steps; hand these to domain_cross_entropy (objective.py).
+    guards: bounds on the weights and on the time of the policy (guards.py).
+
     A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
     that raises or returns no mixture costs a warning and an event in the record: the weights stay.
     Raises ConfigError, or what the policy's reset raises, before anything is changed.
@@ -62,8 +68,14 @@ class Mixer:
         device: torch.device | str = "cpu",
         record: str | Path | None = None,
         influence: Influence | None = None,
+        act: str = "sampling",
+        guards: Guards | None = None,
         **policy_options: Any,
     ):
+        if act not in ("sampling", "objective"):
+            raise ConfigError(f"act is {act!r}; expected 'sampling' or 'objective'")
+        if guards is not None:
+            guards.bind(loader.table)
         _check_arguments(loader, decide_every=(decide_every, 1), lag=(lag, 0), token_budget=(token_budget, 1))
         self.loader, self.decide_every, self.lag = loader, decide_every, lag
         step_tokens = loader.global_batch * loader.seq_len
@@ -85,16 +97,17 @@ class Mixer:
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
         self._before_reset = loader.state_dict()
-        weights = self.policy.reset(loader.table)
-        if weights is not None:
-            loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
+        cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
+        builder = ObservationBuilder(
+            loader.windows, loader.seq_len, token_budget, self._before_reset["step"] - 1, cursors
+        )
+        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards)
+        self._objective = Objective(loader.units, self.stats.device) if act == "objective" else None
+        self._reset_policy()
         self._after_reset = stream = loader.state_dict()
         self._next = stream["step"]  # the plan step that the next step() ends
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
         self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
-        cursors = np.array(stream["cursors"], dtype=np.int64)
-        builder = ObservationBuilder(loader.windows, loader.seq_len, token_budget, self._next - 1, cursors)
-        self._decider = Decider(self.policy, loader.table, builder, loader.removed)
         self._feedback: dict[str, tuple[float, int]] = {}
         self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
         self._snapshots: list[StatsSnapshot] = []
@@ -105,8 +118,25 @@ class Mixer:
         header = make_header(
             loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
             token_budget=token_budget, **({} if influence is None else {"influence": influence.settings()}),
+            **({} if self._objective is None else {"act": act, "objective": self._objective.units}),
+            **({} if guards is None else {"guards": guards.to_json()}),
         )  # fmt: skip
         self._log = RunLog(record, header)
+
+    @property
+    def domain_weights(self) -> torch.Tensor | None:
+        """float32 [D], the factors of token losses for the batch drawn last; None for a mixer that acts by sampling.
+
+        To be read after a micro-batch is drawn, for domain_cross_entropy(..., domain_weights=...): the weights decided
+        for that plan step over those that its rows were drawn with (objective.py). It is one tensor at one address, to
+        which each reading writes, until domains are added.
+        """
+        if self._objective is None:
+            return None
+        stream = self.loader.state_dict()
+        begun = (stream["step"], stream["rows"]) > (self._next, 0)
+        units = np.array(_drawn(stream, self._next)) if begun else self.loader.units_at(self._next)
+        return self._objective.factors(self._effective(units))
 
     def step(self) -> None:
         """End a plan step: hand its statistics to the policy, and apply the decision that is due.
@@ -135,7 +165,7 @@ class Mixer:
         self._notice_changes(stream)
         if self.loader.rules.exhausted == "redistribute":
             self._notice_exhausted(step)
-        drawn = [units for start, _, units in stream["weights"] if start <= step][-1]
+        drawn = _drawn(stream, step)
         if drawn != self._in_force:
             self._in_force = drawn
             self._log.event("weights", step, weights=drawn)
@@ -209,7 +239,7 @@ class Mixer:
         if stream["weights_version"] != self._version:
             self._version = stream["weights_version"]
             for pending in self._pending:
-                pending.stale = True
+                pending.stale = pending.stale or self._objective is None
 
     def _changes_until(self, step: int) -> list[tuple[int, list[int]]]:
         """(step, integer weights) of each step from the next one to before `step` that changes the mixture."""
@@ -239,7 +269,8 @@ class Mixer:
 
     def _submit(self, step: int, stream: Mapping[str, Any]) -> None:
         effect = step + 1 + self.lag
-        changes = [start for start, _, _ in stream["weights"]]
+        changes = [] if self._objective is not None else [start for start, _, _ in stream["weights"]]
+        units = self.loader.units_at(effect) if self._objective is None else self._objective.units
         # A change by hand between an earlier decision's effect and this one's will have ended the earlier one.
         earlier = [
             pending.future
@@ -250,12 +281,13 @@ class Mixer:
             step=step,
             effect=effect,
             cursors=np.array(stream["cursors"], dtype=np.int64),
-            units=self._effective(self.loader.units_at(effect)),
+            units=self._effective(units),
             earlier=earlier,
             feedback=dict(self._feedback),
             sums=self._sums,
             snapshots=[*self._snapshots, self.stats.snapshot()],
             influence=None if self.influence is None else self.influence.snapshot(),
+            exhausted=self._exhausted,
         )
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
         self._pending.append(Pending(effect, self._decider.submit(task)))
@@ -280,11 +312,7 @@ class Mixer:
                 self._log.event("stats_error", self._next - 1, error=str(error))
                 raise
             self._pending.popleft()
-            if decision.units is not None and not pending.stale:
-                self.loader.set_weights(decision.units, step=pending.effect)
-                self._version += 1
-                self._in_force = decision.units.tolist()
-            self._log.decision(decision, self._in_force, at=self._next - 1)
+            self._write_decision(decision, pending.stale, at=self._next - 1, change_loader=True)
             if decision.error is not None and not self._warned:
                 self._warned = True
                 warnings.warn(
@@ -294,6 +322,31 @@ class Mixer:
                     stacklevel=3,
                 )
 
+    def _write_decision(self, decision: Decision, stale: bool, at: int, change_loader: bool) -> None:
+        """Put a decision in force, unless it is stale, and in the record."""
+        if decision.units is not None and not stale:
+            if self._objective is not None:
+                self._objective.units = decision.units
+            else:
+                if change_loader:
+                    self.loader.set_weights(decision.units, step=decision.effect)
+                    self._version += 1
+                self._in_force = decision.units.tolist()
+        self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
+
+    def _reset_policy(self) -> None:
+        """Begin with the table of domains as it is, and with the weights that the policy wants for it."""
+        loader = self.loader
+        weights = self._decider.policy.reset(loader.table)
+        before = loader.units if self._objective is None else self._objective.units
+        if weights is None and self._decider.guards is None:
+            return
+        units = self._decider.first(as_weights(as_fractions(before) if weights is None else weights, loader.names))
+        if self._objective is not None:
+            self._objective.units = units
+        elif weights is not None or np.abs(units - before).max() > 1:
+            loader.set_weights(units)
+
     def _change_domains(self, change: Callable[[], int]) -> None:
         """Decisions under way do not know the new domains: they are told in the record, but not applied."""
         self._check_between_steps()
@@ -301,10 +354,11 @@ class Mixer:
         self._drain()
         change()
         loader = self.loader
-        weights = self.policy.reset(loader.table)
-        if weights is not None:
-            loader.set_weights(quantize(without(loader.removed, as_weights(weights, loader.names), loader.names)))
+        if self._objective is not None:
+            removed = np.array([name in loader.removed for name in loader.names])
+            self._objective.grow(loader.units, removed)
         self._decider.change_domains(loader.table, loader.removed, loader.windows)
+        self._reset_policy()
         more = len(loader.names) - len(self._in_force)
         old = self.stats
         self.stats = DomainStats(
@@ -329,6 +383,7 @@ class Mixer:
         self._log.event(
             "domains", self._next, manifest=loader.manifest.fingerprint, domains=list(loader.names),
             fields=list(loader.table.fields), removed=list(loader.removed), weights=self._in_force,
+            **({} if self._objective is None else {"objective": self._objective.units}),
         )  # fmt: skip
 
     def _drain(self) -> None:
@@ -357,6 +412,7 @@ class Mixer:
             "decide_every": self.decide_every,
             "lag": self.lag,
             "policy": self._policy["name"],
+            **({} if self._objective is None else {"objective": self._objective.units.tolist()}),
             "step": self._next,
             "weights_version": self._version,
             "in_force": self._in_force,
@@ -379,6 +435,8 @@ class Mixer:
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]
         self._in_force = list(state["in_force"])
+        if self._objective is not None:
+            self._objective.units = np.array(state["objective"], dtype=np.int64)
         self._decider.removed, self._exhausted = self.loader.removed, self.loader.exhausted
         self._domains_changed = state["domains_changed"]
         self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
@@ -414,6 +472,12 @@ class Mixer:
                     f"the mixer state has {key} {state.get(key)!r}; this mixer has {value!r}; resume with the settings "
                     "of the run that saved it"
                 )
+        if ("objective" in state) != (self._objective is not None):
+            acts = {True: "objective", False: "sampling"}
+            raise StateError(
+                f"the mixer state is of a run with act={acts['objective' in state]!r}; this mixer has the other; "
+                "resume with the settings of the run that saved it"
+            )
         stream = self.loader.state_dict()
         if stream == self._after_reset and stream["weights_version"] != state["weights_version"]:
             # The loader was resumed before this Mixer was made, which then began a new run on it.
@@ -453,11 +517,13 @@ class Mixer:
 
     def _finish(self) -> None:
         for pending in self._pending:
-            decision = pending.future.result()
-            if decision.units is not None and not pending.stale:
-                self._in_force = decision.units.tolist()
-            self._log.decision(decision, self._in_force, at=self._next)
+            self._write_decision(pending.future.result(), pending.stale, at=self._next, change_loader=False)
         self._log.end(self._next)
+
+
+def _drawn(stream: Mapping[str, Any], step: int) -> list[int]:
+    """The integer weights that plan step `step`, the last one begun, was drawn with."""
+    return [units for start, _, units in stream["weights"] if start <= step][-1]
 
 
 def _check_arguments(loader: MixLoader, **counts: tuple[int | None, int]) -> None:

@@ -81,17 +81,21 @@ class Recorder:
         loss_tokens: np.ndarray,
         feedback: Mapping[str, float] | None = None,
         influence: list[list[float | None]] | None = None,
+        requested: np.ndarray | None = None,
+        objective: np.ndarray | None = None,
     ) -> None:
         """Queue a decision line. The arrays, all [D], must not change any more.
 
         weights: integer units. counts: rows read since the last decision. loss: nats a token, NaN
         where nothing was read. feedback: what was reported since the last decision. influence: [D][F], if measured.
+        requested, objective: integer units, where there are any (docs/record.md).
         """
         line = {
             "type": "decision", "step": step, "effect": effect, "tokens": tokens, "weights": weights,
             "counts": counts, "loss": loss, "loss_tokens": loss_tokens,
         }  # fmt: skip
         more: dict[str, Any] = {"feedback": feedback} if feedback else {}
+        more |= {k: v for k, v in (("requested", requested), ("objective", objective)) if v is not None}
         if influence is not None:
             more["influence"] = [[None if v is None else float(f"{v:.3g}") for v in row] for row in influence]
         self._queue(line | more)
@@ -318,7 +322,8 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
 
 def _padded(line: dict[str, Any], size: int) -> dict[str, Any]:
     """A line of a time with fewer domains, for `size` of them."""
-    blanks: dict[str, Any] = {"weights": 0, "counts": 0, "loss_tokens": 0, "loss": None}
+    blanks: dict[str, Any] = dict.fromkeys(("weights", "counts", "loss_tokens", "requested", "objective"), 0)
+    blanks["loss"] = None
     if line["type"] == "decision" and line.get("influence"):
         blanks["influence"] = [None] * len(line["influence"][0])
     return line | {
@@ -375,9 +380,14 @@ def _is_loss(value: Any) -> bool:
     return value is None or type(value) in (int, float)
 
 
+def _is_mixture(value: Any, domains: int) -> bool:
+    return _all_of(value, domains, _is_count) and sum(value) == WEIGHT_ONE
+
+
 _UNITS = f"counts, one a domain, that sum to {WEIGHT_ONE}"
 _LOSSES = "numbers or null, one a domain"
 _INFLUENCE = "nothing, or a list of numbers or null for each domain"
+_MORE_UNITS = f"nothing, or {_UNITS}"
 _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     "a string": lambda value, _: isinstance(value, str),
     "a count": lambda value, _: _is_count(value),
@@ -390,7 +400,8 @@ _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     _INFLUENCE: lambda value, n: (
         value is None or _all_of(value, n, lambda row: isinstance(row, list) and all(map(_is_loss, row)))
     ),
-    _UNITS: lambda value, n: _all_of(value, n, _is_count) and sum(value) == WEIGHT_ONE,
+    _UNITS: lambda value, n: _is_mixture(value, n),
+    _MORE_UNITS: lambda value, n: value is None or _is_mixture(value, n),
 }
 _KEYS: dict[str, dict[str, str]] = {
     "header": {
@@ -401,7 +412,7 @@ _KEYS: dict[str, dict[str, str]] = {
     "decision": {
         "step": "a count", "effect": "a count", "tokens": "a count", "weights": _UNITS,
         "counts": "counts, one a domain", "loss": _LOSSES, "loss_tokens": "counts, one a domain",
-        "influence": _INFLUENCE,
+        "influence": _INFLUENCE, "requested": _MORE_UNITS, "objective": _MORE_UNITS,
     },
     "event": {"event": "a string", "step": "a step, or -1"},
     "weights": {"step": "a count", "weights": _UNITS},

@@ -61,8 +61,8 @@ class RunLog:
         if self._record is not None:
             self._record.event(event, step=step, **values)
 
-    def decision(self, decision: Decision, weights: list[int], at: int) -> None:
-        """weights: integer units of decision.effect. at: the plan step that has just ended."""
+    def decision(self, decision: Decision, weights: list[int], at: int, objective: np.ndarray | None = None) -> None:
+        """weights: integer units of decision.effect. at: the plan step that has just ended. objective: units, too."""
         self.begin()
         if self._record is None:
             return
@@ -76,6 +76,8 @@ class RunLog:
             loss_tokens=decision.loss_tokens,
             feedback=decision.feedback,
             influence=decision.influence,
+            requested=decision.requested,
+            objective=objective,
         )
         if decision.error is not None:
             self._record.event("policy_error", step=at, source=decision.step, error=decision.error)

@@ -35,6 +35,9 @@ class ObservationBuilder:
         self.loss_std = np.full(len(windows), math.nan)
         self.loss_count = np.zeros(len(windows), dtype=np.int64)
         self.loss_step = np.full(len(windows), -1, dtype=np.int64)
+        self.excess = np.full(len(windows), math.nan)
+        self.excess_count = np.zeros(len(windows), dtype=np.int64)
+        self.excess_step = np.full(len(windows), -1, dtype=np.int64)
 
     def build(
         self,
@@ -73,6 +76,7 @@ class ObservationBuilder:
                 age=np.where(self.loss_step < 0, -1, step - self.loss_step),
             ),
             loss_std=self.loss_std.copy(),
+            excess=None if (self.excess_step < 0).all() else self._excess(step),
             feedback={
                 name: Signal(np.array(value), np.array(1), np.array(step - reported))
                 for name, (value, reported) in feedback.items()
@@ -89,6 +93,9 @@ class ObservationBuilder:
         self.loss_std = np.append(self.loss_std, np.full(more, math.nan))
         self.loss_count = np.append(self.loss_count, np.zeros(more, dtype=np.int64))
         self.loss_step = np.append(self.loss_step, np.full(more, -1, dtype=np.int64))
+        self.excess = np.append(self.excess, np.full(more, math.nan))
+        self.excess_count = np.append(self.excess_count, np.zeros(more, dtype=np.int64))
+        self.excess_step = np.append(self.excess_step, np.full(more, -1, dtype=np.int64))
 
     def _measure(self, step: int, stats: StatsTable) -> None:
         read = stats.tokens > 0
@@ -99,6 +106,19 @@ class ObservationBuilder:
         self.loss_std[read] = np.sqrt(np.maximum(stats.loss_sq_sum[read] / count - mean * mean, 0.0))
         self.loss_count[read] = count
         self.loss_step[read] = step
+        excess = stats.column("excess")
+        # Without reference losses, and only then, not one token of any domain exceeds its own.
+        if excess.any():
+            self.excess[read] = excess[read] / count
+            self.excess_count[read] = count
+            self.excess_step[read] = step
+
+    def _excess(self, step: int) -> Signal:
+        return Signal(
+            value=self.excess.copy(),
+            count=self.excess_count.copy(),
+            age=np.where(self.excess_step < 0, -1, step - self.excess_step),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able and exact."""
@@ -109,6 +129,14 @@ class ObservationBuilder:
             "loss_std": numbers_to_json(self.loss_std),
             "loss_count": self.loss_count.tolist(),
             "loss_step": self.loss_step.tolist(),
+            **({} if (self.excess_step < 0).all() else self._excess_to_json()),
+        }
+
+    def _excess_to_json(self) -> dict[str, Any]:
+        return {
+            "excess": numbers_to_json(self.excess),
+            "excess_count": self.excess_count.tolist(),
+            "excess_step": self.excess_step.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -118,6 +146,10 @@ class ObservationBuilder:
         self.loss_std = numbers_from_json(state["loss_std"])
         self.loss_count = np.array(state["loss_count"], dtype=np.int64)
         self.loss_step = np.array(state["loss_step"], dtype=np.int64)
+        never = len(self.loss_step)
+        self.excess = numbers_from_json(state.get("excess", [None] * never))
+        self.excess_count = np.array(state.get("excess_count", [0] * never), dtype=np.int64)
+        self.excess_step = np.array(state.get("excess_step", [-1] * never), dtype=np.int64)
 
 
 def _influence(table: InfluenceTable, step: int) -> dict[str, Any]:

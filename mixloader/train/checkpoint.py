@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixloader.config import ModelConfig
 from mixloader.errors import MixLoaderError, StateError
 from mixloader.files import sync
 from mixloader.influence import Influence
+from mixloader.train.model import LanguageModel, build_model
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -123,6 +125,21 @@ def remove_old(out: Path, keep: int) -> None:
         path.rename(out / f".{path.name}.tmp")
     for path in out.glob(".step-*.tmp"):
         shutil.rmtree(path)
+
+
+def load_model(path: Path) -> LanguageModel:
+    """The model of a checkpoint, or of a run's latest one, on the CPU; torch's generators stay as they are.
+
+    Raises StateError if there is none.
+    """
+    folder = path if (path / "state.json").exists() else latest_checkpoint(path)
+    if folder is None:
+        raise StateError(f"{path} holds no checkpoint; expected a run's folder, or a folder step-000123 of one")
+    config = read_state(folder)["config"]["model"]
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(ModelConfig(**config))
+    load_parameters(folder, model)
+    return model
 
 
 def load_parameters(path: Path, model: nn.Module) -> None:

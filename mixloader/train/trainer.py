@@ -32,6 +32,7 @@ from mixloader.mixer import Mixer
 from mixloader.train import checkpoint as checkpoints
 from mixloader.train.model import build_model
 from mixloader.train.optimizer import build_optimizer, learning_rate_at
+from mixloader.train.parts import open_answers, open_guards, open_reference, policy_options
 from mixloader.train.run import RunFolder
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class Trainer:
             checkpoints.load_parameters(Path(config.init_from), self.model)
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, config)
+        self.reference = open_reference(config, self.model, device)
+        self.answers = open_answers(config, self.model, manifest)
         self._stack = ExitStack()
         with ExitStack() as opened:
             self.loader = opened.enter_context(self._open_loader())
@@ -186,9 +189,18 @@ class Trainer:
             input_ids, targets, domain_ids = (
                 batch[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets", "domain_ids")
             )
+            on_device = {"input_ids": input_ids, "targets": targets}
+            reference = None if self.reference is None else self.reference(on_device)
             with self._autocast():
                 logits = self.model(input_ids)
-            loss = domain_cross_entropy(logits, targets, domain_ids, stats=self.mixer.stats)
+            loss = domain_cross_entropy(
+                logits,
+                targets,
+                domain_ids,
+                stats=self.mixer.stats,
+                reference_losses=reference,
+                domain_weights=self.mixer.domain_weights,
+            )
             # Every micro-batch has as many tokens, so the mean of their means is the mean of the step.
             loss = loss / config.grad_accumulation_steps
             loss.backward()
@@ -216,7 +228,7 @@ class Trainer:
                 device=self.device,
             )
         if self.config.feedback:
-            self.mixer.feedback(self.held_out | self._field_means())
+            self.mixer.feedback(self.held_out | self._field_means() | self._answer_losses())
 
     def _field_means(self) -> dict[str, float]:
         """The mean held-out loss of each field's domains."""
@@ -225,6 +237,13 @@ class Trainer:
             if domain.field is not None and domain.name in self.held_out:
                 by_field.setdefault(domain.field, []).append(self.held_out[domain.name])
         return {field: sum(losses) / len(losses) for field, losses in by_field.items()}
+
+    def _answer_losses(self) -> dict[str, float]:
+        with self._autocast():
+            return {
+                name: answers.score(self.model, batch_size=self.config.batch_size, device=self.device).loss
+                for name, answers in self.answers.items()
+            }
 
     def _log(self, loss: float | None, evaluated: bool) -> None:
         line: dict[str, Any] = {"step": self.step, "tokens": self.step * self.tokens_per_step}
@@ -312,7 +331,9 @@ class Trainer:
             device=self.device,
             record=self.folder.record,
             influence=self._influence(),
-            **config.policy_options,
+            act=config.act,
+            guards=open_guards(config),
+            **policy_options(config),
         )
 
     def _influence(self) -> Influence | None:
