@@ -13,8 +13,18 @@ import torch
 from mixloader import MixLoader
 from mixloader.mixer import Mixer
 from mixloader.observation import DomainTable, Observation
+from mixloader.policies import base, policy_names
 
 Batches = list[dict[str, Any]]
+
+
+def shipped_policies() -> list[str]:
+    """The registry without what tests have put there."""
+    return [name for name in policy_names() if name in base._MODULES or _is_ours(base._FACTORIES[name])]
+
+
+def _is_ours(factory: Callable[..., Any]) -> bool:
+    return factory.__module__.startswith("mixloader.")
 
 
 class Told:

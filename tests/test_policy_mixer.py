@@ -4,12 +4,12 @@ import json
 
 import pytest
 from corpora import tagged_domains
-from mixing import assert_same_batches, train
+from mixing import assert_same_batches, shipped_policies, train
 
 from mixloader import MixLoader
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
-from mixloader.policies import make_policy, policy_names
+from mixloader.policies import make_policy
 
 TARGETS = {"web": 10.0, "code": 12.0}
 OPTIONS = {
@@ -29,7 +29,7 @@ FIELDS = {"agent", "fields"}
 
 NAMES = [
     name
-    for name in policy_names()
+    for name in shipped_policies()
     if name not in FIELDS and make_policy(name, **OPTIONS.get(name, {})).needs <= {"loss"}
 ]
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixing import shipped_policies
 
 from mixloader.errors import StateError
 from mixloader.observation import DomainTable, Observation, Signal
-from mixloader.policies import Policy, make_policy, policy_names
+from mixloader.policies import Policy, make_policy
 
 LOSSES = {"a": 2.0, "b": 3.0, "d1": 1.5}
 REQUIRED = {
@@ -132,7 +133,7 @@ def arrays_of(observation):
             yield from (signal.value, signal.count, signal.age)
 
 
-@pytest.mark.parametrize("name", policy_names())
+@pytest.mark.parametrize("name", shipped_policies())
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), n_domains=st.integers(3, 7))
 def test_every_policy(name, seed, n_domains):
@@ -190,7 +191,7 @@ def test_every_policy(name, seed, n_domains):
 def test_a_state_of_other_domains_is_refused():
     rng = np.random.default_rng(0)
     small, large = draw_table(rng, 3), draw_table(rng, 5)
-    for name in policy_names():
+    for name in shipped_policies():
         policy, other = build(name), build(name)
         policy.reset(small)
         run = Run(rng, small)
@@ -208,7 +209,7 @@ def test_states_fit_a_checkpoint():
     """A full checkpoint is to stay under 16 KB at 16 domains; what a sweep or an actor-critic holds is larger."""
     rng = np.random.default_rng(0)
     table = draw_table(rng, 16)
-    for name in policy_names():
+    for name in shipped_policies():
         policy, run = build(name), Run(rng, table)
         policy.reset(table)
         for _ in range(150):
