@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import gpu_influence, gpu_kernel, gpu_tests, gpu_training, loss, loss_plain
+from bench import gpu_influence, gpu_kernel, gpu_tests, gpu_training, loss
 from bench.budgets import Budget, table
 from bench.common import environment
 from bench.gpu_parts import Report, Settings
@@ -37,21 +37,18 @@ def measure_losses(settings: Settings, report: Report) -> None:
     """`python -m bench.loss`, the budgets' vocabularies first."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "loss.json"
-        arguments = ["--json", str(path), "--seconds", str(settings.left() - 10), "--device", settings.device]
+        arguments = ["--json", str(path), "--seconds", str(settings.left() - 20), "--device", settings.device]
         if settings.tiny:
             arguments += ["--tokens", "32", "--classes", "64", "--rounds", "2", "--no-compile", "--threads", "1"]
         else:
             arguments += ["--classes", "50304", "128256", "50257", "8192"]
-        try:
-            loss.main(arguments)
-        finally:
-            if path.exists():
-                found = json.loads(path.read_text())
-                report.add(
-                    rows=[*found["rows"], *found["heads"]],
-                    skipped=found["missing"],
-                    budgets=loss_plain.budgets(found["rows"]) if settings.device == "cuda" else [],
-                )
+        loss.main(arguments)
+        found = json.loads(path.read_text())
+    report.add(
+        rows=[*found["rows"], *found["heads"]],
+        skipped=found["missing"],
+        budgets=[Budget.from_json(row) for row in found["budgets"]],
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench.gpu needs a CUDA device, and torch sees none here; --cpu rehearses its parts in tiny sizes.")
         return 2
     if args.part is not None:
+        if args.cpu:
+            torch.set_num_threads(1)  # with tiny sizes threads wait for each other most of the time
         run_part(args.part, "cpu" if args.cpu else "cuda", args.seconds, args.json)
         return 0
     names = args.only or [name for name in PARTS if name != "tune" or args.tune]
@@ -95,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
     budgets = budgets_of(found)
     print("\n" + summary(found, budgets))
+    if args.cpu:
+        print("a rehearsal: none of these figures means anything")
     if args.json is not None:
         print(f"all of it is in {args.json}")
     failed = any(part["status"] != "ok" for part in found.values())

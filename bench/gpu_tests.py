@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from bench.budgets import Budget
 from bench.gpu_parts import Report, Settings
 
@@ -29,7 +31,7 @@ def run_tests(settings: Settings, report: Report) -> None:
 def _pytest(name: str, arguments: list[str], seconds: float, report: Report) -> None:
     # What warns in versions that CI does not have is no failure here.
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "-W", "default", "-p", "no:cacheprovider", *arguments]
-    if not report.skipped and importlib.util.find_spec("xdist") is not None:
+    if torch.cuda.is_available() and importlib.util.find_spec("xdist") is not None:
         command += ["-n", "8"]  # Triton compiles most of the time
     try:
         run = subprocess.run(command, cwd=ROOT, timeout=max(seconds, 1), stdout=subprocess.PIPE, text=True)

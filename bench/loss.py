@@ -8,13 +8,17 @@ compared with that of a copy in the same run. Outputs are verified against float
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
-from bench import budgets as budget
 from bench import loss_head, loss_plain
+from bench.budgets import Budget, table
 from bench.common import arguments, write_json
 
 CLASSES = [8192, 50257, 50304, 128256]
@@ -24,7 +28,7 @@ CPU_WIDTH = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def main(arguments_given: list[str] | None = None) -> None:
+def main(arguments_given: list[str] | None = None) -> int:
     args = parse(arguments_given)
     device = args.device
     torch.set_num_threads(args.threads)
@@ -32,52 +36,58 @@ def main(arguments_given: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     heads: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
+    failed: list[Budget] = []
+
+    def budgets() -> list[Budget]:
+        return [*failed, *(loss_plain.budgets(rows) if device == "cuda" else [])]
 
     def save(told: bool = False) -> None:
-        found = [b.to_json() for b in loss_plain.budgets(rows)] if device == "cuda" else []
-        more = {"device": device, "threads": args.threads, "heads": heads, "missing": missing, "budgets": found}
+        more = {"device": device, "threads": args.threads, "heads": heads, "missing": missing}
+        more["budgets"] = [budget.to_json() for budget in budgets()]
         write_json(args.json, rows, told=told, **more)
 
-    def late() -> bool:
-        return args.seconds is not None and time.monotonic() - begin > args.seconds
+    def tried(name: str, measure: Callable[[], tuple[list[dict[str, Any]], dict[str, str]]]) -> list[dict[str, Any]]:
+        """Rows of one size. What is wrong or too late with one costs only its own."""
+        if args.seconds is not None and time.monotonic() - begin > args.seconds:
+            missing[name] = "no time was left"
+            return []
+        try:
+            found, without = measure()
+        except Exception as error:
+            failed.append(Budget(f"loss, {name}: failures", 1.0, 0.0, "", note=f"{type(error).__name__}: {error}"))
+            return []
+        missing.update(without)
+        return found
 
     print(f"{device}, {args.tokens:,} tokens, {args.threads} threads; losses and gradients verified against float64\n")
     title = f"{'V':>8}{'dtype':>10}{'ms':>9}{'(min-max)':>20}{'x torch':>9}"
     print(f"{'cross-entropy, forward and backward':38}{title}{'GB/s':>8}{'of copy':>9}{'peak MB':>9}")
-    for n_classes in args.classes:
-        for dtype in args.dtypes:
-            if late():
-                missing[f"V = {n_classes}, {dtype}"] = "no time was left"
-                continue
-            found, without = loss_plain.measure(
-                args.tokens, n_classes, DTYPES[dtype], device, args.rounds, compiled=args.compile
-            )
-            for row in found:
-                rate, share = row["gb_per_s"]["median"], row["share_of_copy"]["median"]
-                print(f"{_line(row, 38)}{rate:8.1f}{share:9.2f}{_memory(row)}", flush=True)
-            rows += found
-            missing |= without
-            save()
+    for n_classes, dtype in product(args.classes, args.dtypes):
+        size = (args.tokens, n_classes, DTYPES[dtype], device, args.rounds)
+        found = tried(f"V = {n_classes}, {dtype}", partial(loss_plain.measure, *size, compiled=args.compile))
+        for row in found:
+            rate, share = row["gb_per_s"]["median"], row["share_of_copy"]["median"]
+            print(f"{_line(row, 38)}{rate:8.1f}{share:9.2f}{_memory(row)}", flush=True)
+        rows += found
+        save()
     print(f"\n{'head and cross-entropy':46}{title}{'H':>6}{'peak MB':>9}")
     for n_classes in args.classes:
         for width in HEADS.get(n_classes, ()) if device == "cuda" else (CPU_WIDTH,):
-            if late():
-                missing[f"head, V = {n_classes}, H = {width}"] = "no time was left"
-                continue
-            dtype = "float32" if device == "cpu" else "bfloat16"
-            found, without = loss_head.measure(args.tokens, width, n_classes, DTYPES[dtype], device, args.rounds)
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+            size = (args.tokens, width, n_classes, dtype, device, args.rounds)
+            found = tried(f"head, V = {n_classes}, H = {width}", partial(loss_head.measure, *size))
             for row in found:
                 print(f"{_line(row, 46)}{row['width']:6}{_memory(row)}", flush=True)
             heads += found
-            missing |= without
             save()
     for name, reason in missing.items():
         print(f"not measured: {name}: {reason}")
-    if device == "cuda":
-        print("\n" + budget.table(loss_plain.budgets(rows)))
-    else:
+    if budgets():
+        print("\n" + table(budgets()))
+    if device == "cpu":
         print("\na batch of 4,096 tokens under two settings of malloc: python -m bench.loss_cpu")
     save(told=True)
+    return int(any(budget.met is False for budget in budgets()))
 
 
 def parse(arguments_given: list[str] | None) -> argparse.Namespace:
@@ -110,4 +120,4 @@ def _memory(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
