@@ -11,7 +11,8 @@ from bench.budgets import Budget
 from bench.common import in_turn, spread
 from bench.gpu_parts import Report, Settings
 from bench.gpu_run import DOMAINS, Sizes, Training, mark, seconds_between
-from bench.influence_cost import DEFAULTS
+from bench.influence_cost import defaults
+from bench.timing import no_waiting
 from mixloader import Influence
 from mixloader.stats import DomainStats
 
@@ -37,26 +38,51 @@ def measure_influence(settings: Settings, report: Report) -> None:
     in_turn(measures, 2)
     times = in_turn(measures, rounds)
     report.add(rows=[{"step": kind, "ms": spread(values)} for kind, values in times.items()])
+    _check_waiting(measures, settings, report)
     medians = {kind: spread(values)["median"] for kind, values in times.items()}
     more = {kind: spread([t - plain for t, plain in zip(times[kind], times["plain"], strict=True)]) for kind in KINDS}
     plain, sketch, probe = medians["plain"], more["sketches"]["median"], more["probe"]["median"]
-    stride, every, n = DEFAULTS["stride"], DEFAULTS["probe_every"], sizes.large_step
+    n = sizes.large_step
+    small, large = defaults(sizes.rows), defaults(sizes.rows * n)
     update = max(0.0, plain - medians["plain, without the update"])
-    small = (sketch / stride + probe / every) / plain * 100
-    large = (n * sketch / stride + probe / every) / (n * (plain - update) + update) * 100
+    of_sketches = sketch / small["stride"] / plain * 100
+    of_probes = probe / small["probe_every"] / plain * 100
+    large_ms = n * (plain - update) + update
+    at_large = (n * sketch / large["stride"] + probe / large["probe_every"]) / large_ms * 100
     report.add(
         figures={
             "ms of a plain step": plain,
             "a step with sketches takes more, ms": more["sketches"],
             "a step with a probe takes more, ms": more["probe"],
             "hooks that rest take, ms": more["hooks that rest"],
-            "of the cost at the small step, sketches, %": sketch / stride / plain * 100,
+            "steps from one probe to the next, small and large step": [s["probe_every"] for s in (small, large)],
+            "of the cost at the small step, sketches and probes, %": [of_sketches, of_probes],
         },
         budgets=[
-            Budget(f"influence at its defaults, {sizes.rows} x {sizes.seq_len} tokens a step", small, BUDGET, "%"),
-            Budget("influence at its defaults, 0.5M tokens a step, by the sum of parts", large, BUDGET, "%"),
+            Budget(
+                f"influence at its defaults, {sizes.rows} x {sizes.seq_len} tokens a step",
+                of_sketches + of_probes,
+                BUDGET,
+                "%",
+            ),
+            Budget("influence at its defaults, 0.5M tokens a step, by the sum of parts", at_large, BUDGET, "%"),
         ],
     )
+
+
+def _check_waiting(measures: dict[str, Callable[[], float]], settings: Settings, report: Report) -> None:
+    """Steps with sketches and with probes, while waiting for the device raises (the clock's events do not count)."""
+    waits, problem = 0, ""
+    try:
+        with no_waiting(settings.device):
+            measures["sketches"]()
+            measures["probe"]()
+    except RuntimeError as error:
+        waits, problem = 1, str(error).splitlines()[0]
+    if settings.tiny:
+        report.add(skipped={"waits for the device": "there is none; the steps ran"})
+        return
+    report.add(budgets=[Budget("waits for the device in training steps with influence", waits, 0.0, "", note=problem)])
 
 
 def _stepper(
@@ -69,8 +95,8 @@ def _stepper(
         rows = batch["input_ids"][:1].repeat(64, 1).cpu()
         probes = {field: [{"input_ids": rows, "targets": rows}] for field in ("source", "target")}
         dtype = torch.bfloat16 if device == "cuda" else None
-        defaults = {"rank": DEFAULTS["rank"], "probe_rows": DEFAULTS["probe_rows"]}
-        stats.influence = influence = Influence(training.model, probes, dtype=dtype, **defaults, **options)
+        size = {key: defaults(sizes.rows)[key] for key in ("rank", "probe_rows")}
+        stats.influence = influence = Influence(training.model, probes, dtype=dtype, **size, **options)
         influence.begin([f"domain-{d}" for d in range(DOMAINS)], sizes.rows)
 
     def step() -> None:
