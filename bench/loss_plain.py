@@ -111,8 +111,11 @@ def measure(
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             del found[name]
 
-    def step(loss: Loss) -> Callable[[], None]:
-        turns = cycle(sets)
+    def step(name: str, loss: Loss) -> Callable[[], None]:
+        own = sets
+        if name == LIGER:  # which writes its gradient over the logits
+            own = [x._replace(logits=x.logits.detach().clone().requires_grad_()) for x in sets]
+        turns = cycle(own)
 
         def work() -> None:
             inputs = next(turns)
@@ -121,7 +124,7 @@ def measure(
 
         return work
 
-    steps = {name: step(loss) for name, loss in found.items()}
+    steps = {name: step(name, loss) for name, loss in found.items()}
     memory = {}
     for name, work in steps.items():
         work()
