@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from bench.budgets import Budget
 from bench.common import in_turn, spread
 from bench.gpu_parts import Report, Settings
+from bench.gpu_run import wait_for
 from bench.loss_plain import DOMAINS, make_inputs
 from bench.timing import milliseconds
 from mixloader.loss import domain_cross_entropy
@@ -142,16 +143,17 @@ def tune(settings: Settings, report: Report) -> None:
         print(f"V = {n_classes}: {best}", flush=True)
 
 
-def _configurations(n_classes: int, settings: Settings) -> dict[Any, Callable[[], float]]:
-    """Compiled and checked to run; what does not compile is left out."""
+def _configurations(n_classes: int, settings: Settings, tokens: int = 16384) -> dict[Any, Callable[[], float]]:
+    """Milliseconds by (block size, warps). Compiled, and run once; what does not compile is left out."""
     from mixloader.kernels import cross_entropy
 
-    sets = [make_inputs(16384, n_classes, torch.bfloat16, "cuda", seed) for seed in range(3)]
-    stats = DomainStats(DOMAINS, "cuda", distribution=True)
-    scale = torch.full((1,), 1 / 16384, device="cuda")
+    device = settings.device
+    sets = [make_inputs(tokens, n_classes, torch.bfloat16, device, seed) for seed in range(3)]
+    stats = DomainStats(DOMAINS, device, distribution=True)
+    scale = torch.full((1,), 1 / tokens, device=device)
     defaults, turns = cross_entropy.launch_options, cycle(sets)
     out = torch.empty_like(sets[0].logits, requires_grad=False)
-    measures = {}
+    measures: dict[Any, Callable[[], float]] = {}
     for block, warps in product((2048, 4096, 8192, 16384, 32768, 65536), (4, 8, 16, 32)):
         if not 4 <= block // (32 * warps) <= 64 or block >= 4 * n_classes or settings.left() < 10:
             continue
@@ -167,9 +169,9 @@ def _configurations(n_classes: int, settings: Settings) -> dict[Any, Callable[[]
 
         try:
             work()
-            torch.cuda.synchronize()
+            wait_for(device)
         except Exception as error:
             print(f"V = {n_classes}, block {block}, {warps} warps: {type(error).__name__}")
             continue
-        measures[block, warps] = lambda work=work: milliseconds(work, "cuda")
+        measures[block, warps] = lambda work=work: milliseconds(work, device)
     return measures

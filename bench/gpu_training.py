@@ -148,7 +148,8 @@ def compare(settings: Settings, report: Report) -> None:
             side.waits.clear()
         mixer.waits = 0
         wait_for(device)
-        begin, pairs, times = time.perf_counter(), 0, {name: [] for name in sides}
+        begin, pairs = time.perf_counter(), 0
+        times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in sides}
         # Parts of the cost are measured after this, for which some time is left.
         while pairs < wanted and settings.left() > (0 if settings.tiny else 25):
             marks = [mark(device)]
