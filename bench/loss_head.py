@@ -62,7 +62,7 @@ def losses(inputs: Inputs) -> tuple[dict[str, Loss], dict[str, str]]:
     }
     missing = {}
     if hasattr(F, "linear_cross_entropy"):
-        # With chunks of its own choice, a few rows each, it took 6 to 25 times as long at V = 8,192 on a CPU.
+        # With chunks of its own choice, a few rows each, it took 6 times as long at V = 8,192 on a CPU.
         row_bytes = len(inputs.weight) * inputs.weight.element_size()
         chunk = chunk_rows(len(inputs.targets), row_bytes, CHUNK_BYTES[device])
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
