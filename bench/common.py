@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,9 +32,14 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in ("triton", "liger-kernel") if _is_installed(name)},
         "numpy": np.__version__,
         "mixloader": mixloader.__version__,
     }
+
+
+def _is_installed(distribution: str) -> bool:
+    return any(importlib.metadata.distributions(name=distribution))
 
 
 def in_turn(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -61,9 +67,11 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def write_json(path: Path | None, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+def write_json(path: Path | None, rows: Sequence[Mapping[str, Any]], *, told: bool = True, **more: Any) -> None:
+    """told: say that it was written."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(), **more, "rows": list(rows)}, indent=1) + "\n")
-    print(f"rows written to {path}")
+    if told:
+        print(f"rows written to {path}")
