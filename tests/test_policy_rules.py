@@ -255,9 +255,9 @@ def test_skillit_waits_for_the_next_update():
 
 
 def test_influence():
-    # Over the largest of its field: source 1, -0.5; target 0.25, 1. Even preference: 0.625, 0.25; over 0.625: 1, 0.4.
+    # Even preference: (4 + 0.5) / 2 = 2.25 and (-2 + 2) / 2 = 0; over 2.25: 1, 0.
     seen = observe([1, 1], [0.3, 0.7], steps=10, step=9, influence=[[4.0, 0.5], [-2.0, 2.0]])
-    e = np.array([0.3 * math.exp(0.5), 0.7 * math.exp(0.2)])
+    e = np.array([0.3 * math.exp(0.5), 0.7])
     np.testing.assert_allclose(decide("influence", table_of(2), [seen]), 0.96 * e / e.sum() + 0.02, rtol=1e-12)
     # All for the source: 1 and -0.5.
     e = np.array([0.3 * math.exp(0.5), 0.7 * math.exp(-0.25)])

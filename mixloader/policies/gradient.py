@@ -71,8 +71,10 @@ def measured_gram(observation: Observation) -> tuple[np.ndarray, np.ndarray]:
 class Influence(Exponentiated):
     """Plain exponentiated weights on the influence matrix: an untrained yardstick for the agent.
 
-    s_k = the influence of domain k on each field, over the largest on that field, weighted by the preference, over the
-    largest |s|; p <- (1 - floor) softmax(log p + eta s) + floor / K, once per update_steps plan steps.
+    s_k = the influence of domain k on preference * source + (1 - preference) * target, over the largest |s|;
+    p <- (1 - floor) softmax(log p + eta s) + floor / K, once per update_steps plan steps. The fields are not scaled
+    alike first: what a field still has to gain is in its gradient (with each over its largest, the field that the model
+    knows already took two thirds of the tokens in docs/compare.md's scenario, and the balanced loss was 0.06 worse).
     No paper's rule; the constants are those of this project's first experiments with a small model.
     """
 
@@ -86,7 +88,7 @@ class Influence(Exponentiated):
 
     def scores(self, observation: Observation) -> np.ndarray:
         """In [-1, 1], float64 [D]."""
-        scores = by_field(observation, self.preference, scaled=True)
+        scores = by_field(observation, self.preference, scaled=False)
         largest = np.max(np.abs(scores), initial=0.0, where=np.isfinite(scores))
         return scores / largest if largest > 0 else scores
 
