@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -98,6 +99,8 @@ def train_on_ranks(kind: str, store: str, out: str, rank: int, ranks: int) -> No
     dist.barrier()
     influence.close()
     dist.destroy_process_group()
+    # gloo's threads under FSDP now and then abort a process whose interpreter goes down around them.
+    os._exit(0)
 
 
 if __name__ == "__main__":
