@@ -47,7 +47,6 @@ class Mixer:
         step and continued by load_state_dict; by default none is kept.
     influence: an Influence on the model, for policies that need it; the Mixer drives it from step to step and closes
         it. Its state is saved apart (influence.state_dict()), as it is tensors.
-
     act: "sampling", or "objective": the loader's mixture stays as it is, and what the policy decides is told by
         `domain_weights`, at the same steps; hand these to domain_cross_entropy (objective.py).
     guards: bounds on the weights and on the time of the policy (guards.py).

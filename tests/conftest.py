@@ -29,3 +29,11 @@ def device(request, monkeypatch):
 
     monkeypatch.setattr(loss_path, "path_of", lambda logits: cross_entropy)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile remembers nothing of other tests, and they nothing of this one."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -11,16 +11,10 @@ from mixloader import DomainStats, LinearDomainCrossEntropy, domain_cross_entrop
 from mixloader.loss_path import LossInputs, LossOptions
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch about itself, when it compiles
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def head(rows=4, tokens=6, width=8, n_classes=33, dtype=torch.float32, device="cpu"):

@@ -14,16 +14,10 @@ from mixloader.loss_path import LossInputs, LossOptions, loss_dtype
 from mixloader.stats import DomainStats
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch about itself, when it compiles
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def batch(rows=4, tokens=6, n_classes=33, dtype=torch.float32):
