@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from bench.common import in_turn, ratios, spread
 from bench.loss_plain import DOMAINS
 from bench.timing import milliseconds, no_waiting, peak_megabytes
-from mixloader.linear_chunks import chunk_rows
-from mixloader.linear_loss import CHUNK_BYTES, linear_domain_cross_entropy
+from mixloader.linear_chunks import chunk_rows, logits_row_bytes
+from mixloader.linear_loss import default_chunk_bytes, linear_domain_cross_entropy
 from mixloader.stats import DomainStats
 
 BASE = "F.linear, F.cross_entropy"
@@ -63,8 +63,8 @@ def losses(inputs: Inputs) -> tuple[dict[str, Loss], dict[str, str]]:
     missing = {}
     if hasattr(F, "linear_cross_entropy"):
         # With chunks of its own choice, a few rows each, it took 6 times as long at V = 8,192 on a CPU.
-        row_bytes = len(inputs.weight) * inputs.weight.element_size()
-        chunk = chunk_rows(len(inputs.targets), row_bytes, CHUNK_BYTES[device])
+        row = len(inputs.weight), inputs.weight.element_size()
+        chunk = chunk_rows(len(inputs.targets), logits_row_bytes(*row), default_chunk_bytes(*row, device))
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
         found[TORCH] = lambda x: F.linear_cross_entropy(x.hidden, x.weight, x.targets, options=options)
     else:

@@ -125,6 +125,15 @@ class Gradients:
         )
 
 
+def _padded(n_classes: int) -> int:
+    return -(-n_classes // _ALIGNMENT) * _ALIGNMENT
+
+
+def logits_row_bytes(n_classes: int, element_size: int) -> int:
+    """Of a row of logits in the buffer of a chunk."""
+    return _padded(n_classes) * element_size
+
+
 def chunk_rows(n: int, row_bytes: int, chunk_bytes: int) -> int:
     """Rows of a chunk: as few chunks as the bytes allow, of nearly the same size."""
     n = max(1, n)
@@ -136,9 +145,8 @@ def chunk_rows(n: int, row_bytes: int, chunk_bytes: int) -> int:
 def _chunks(head: Head, inputs: LossInputs) -> Iterator[tuple[slice, LossInputs]]:
     """Which rows, and their inputs, with logits in a buffer that the next chunk overwrites. Without rows, one chunk."""
     n, n_classes = inputs.logits.shape
-    width = -(-n_classes // _ALIGNMENT) * _ALIGNMENT
-    step = chunk_rows(n, width * head.hidden.element_size(), head.chunk_bytes)
-    buffer = head.hidden.new_empty(step, width)[:, :n_classes]
+    step = chunk_rows(n, logits_row_bytes(n_classes, head.hidden.element_size()), head.chunk_bytes)
+    buffer = head.hidden.new_empty(step, _padded(n_classes))[:, :n_classes]
     domains = inputs.token_domains()
     if domains is not None:
         domains = domains.contiguous()  # which the one id of a batch of one row is not

@@ -14,8 +14,12 @@ from loss_cases import FACTORS, GRADIENT_ERROR, B, Case, T, name_of
 
 from mixloader import DomainStats, domain_cross_entropy
 from mixloader.errors import PlacementError
-from mixloader.linear_chunks import chunk_rows
-from mixloader.linear_loss import LinearDomainCrossEntropy, linear_domain_cross_entropy
+from mixloader.linear_chunks import chunk_rows, logits_row_bytes
+from mixloader.linear_loss import (
+    LinearDomainCrossEntropy,
+    default_chunk_bytes,
+    linear_domain_cross_entropy,
+)
 
 # The interpreter computes in numpy, which warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -300,6 +304,13 @@ def test_chunks_fit_the_bytes_and_are_of_nearly_the_same_size():
         assert rows <= max(n, 1)
     assert chunk_rows(2048, 1, 2047) == 1024
     assert chunk_rows(5000, 100, 51_200 * 3) == 1280  # a multiple of 128 in place of 1250
+
+
+@pytest.mark.parametrize("n_classes", [7, 8192, 50_257, 128_256, 1_000_003])
+def test_a_large_vocabulary_does_not_make_chunks_of_few_rows(n_classes):
+    default = default_chunk_bytes(n_classes, 4, "cpu")
+    assert chunk_rows(100_000, logits_row_bytes(n_classes, 4), default) >= 128
+    assert default <= max(1 << 24, 128 * 4 * (n_classes + 63))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
