@@ -52,10 +52,11 @@ def collect(
     collection = Collection(split, out)
     collection.begin()
     missing = [draw_episode(split, number) for number in numbers if not collection.is_done(number)]
-    data = {
-        at: open_fold(split, *at, corpora, out / "data")
-        for at in sorted({(episode.fold, _vocab(split, episode)) for episode in missing})
-    }
+    data = {}
+    for fold, vocab in sorted({(episode.fold, _vocab(split, episode)) for episode in missing}):
+        if show:
+            print(f"text of fold {fold}, vocabulary {vocab}", flush=True)
+        data[fold, vocab] = open_fold(split, fold, vocab, corpora, out / "data")
     bases = {_base_of(e): _base_cell(split, e, data, out) for e in missing}
     with make_workers(run_job, workers, engine) as pool:
         needed = [cell for cell in bases.values() if not is_startable(cell)]

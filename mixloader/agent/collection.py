@@ -20,6 +20,7 @@ class Collection:
     out: Path
 
     def begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
         mark = self.out / "split.json"
         content = json.dumps({"name": self.split.name, "digest": self.split.digest}) + "\n"
         if mark.exists() and mark.read_text(encoding="utf-8") != content:

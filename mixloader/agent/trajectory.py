@@ -123,6 +123,7 @@ class Trajectory:
             np.array(header["prior"], dtype=np.float64) / WEIGHT_ONE,
         )  # fmt: skip
         feedback = _feedback(record)
+        scored = _floats([[point["losses"].get(name) for name in names] for point in held_out])
         arrays: dict[str, Any] = {
             key: np.array([d[key] for d in decisions], dtype=np.int64)
             for key in ("step", "effect", "tokens", "counts", "loss_tokens")
@@ -139,7 +140,7 @@ class Trajectory:
             loss_std=_floats([d.get("loss_std", [None] * len(names)) for d in decisions]),
             **feedback,
             **_influence(record),
-            held_out=_floats([[p["losses"].get(name) for name in names] for p in held_out]).reshape(-1, len(names)),
+            held_out=scored.reshape(len(held_out), len(names)),
             held_out_tokens=np.array([point["tokens"] for point in held_out], dtype=np.int64),
             probed=np.isin(names, feedback["feedback_names"]),
             preference=preference,
@@ -226,21 +227,24 @@ class Trajectory:
     def _field_loss(self, name: str, at: np.ndarray, unprobed_share: float) -> np.ndarray:
         of_field = np.array([field == name for field in self.table.fields])
         others = of_field & ~self.probed
-        told = self.feedback[:, self.feedback_names.index(name)] if name in self.feedback_names else np.zeros(0)
-        parts = []
-        if len(told):
+        parts: list[tuple[float, np.ndarray]] = []
+        if name in self.feedback_names:
+            told = self.feedback[:, self.feedback_names.index(name)]
             known = np.isfinite(told)
             tokens = (self.feedback_step[known] + 1) * self.tokens_per_step
             parts.append((1 - unprobed_share, np.interp(at, tokens, told[known])))
-        if len(self.held_out) and (others.any() if len(told) else of_field.any()):
-            losses = self.held_out[:, others if len(told) else of_field].mean(axis=1)
-            parts.append((unprobed_share if len(told) else 1.0, np.interp(at, self.held_out_tokens, losses)))
+        domains = others if parts else of_field
+        if len(self.held_out) and domains.any():
+            losses = np.interp(at, self.held_out_tokens, self.held_out[:, domains].mean(axis=1))
+            parts.append((unprobed_share, losses))
         if not parts:
             raise RecordError(
                 f"neither feedback nor held-out losses say how the {name} field fared in this run; evaluate it with "
                 "feedback"
             )
-        return sum(share * losses for share, losses in parts) / sum(share for share, _ in parts)
+        if len(parts) == 1:
+            return parts[0][1]
+        return sum((share * losses for share, losses in parts), np.zeros(len(at)))
 
     def gain(self) -> float:
         """preference * source + (1 - preference) * target: how far the mean held-out loss of each field's domains,
@@ -278,11 +282,11 @@ def _influence(record: RunRecord) -> dict[str, Any]:
     blank = {"influence_std": [[None] * shape[1]] * shape[0], "influence_rows": [0] * shape[0]}
 
     def floats(key: str) -> np.ndarray:
-        return _floats([d.get(key, blank.get(key)) for _, d in told]).reshape(-1, *shape)
+        return _floats([d.get(key, blank.get(key)) for _, d in told]).reshape(len(told), *shape)
 
     def whole(key: str, default: str | int, size: int) -> np.ndarray:
         values = [d.get(key, [d["step"] if default == "step" else default] * size) for _, d in told]
-        return np.array(values, dtype=np.int64).reshape(-1, size)
+        return np.array(values, dtype=np.int64).reshape(len(told), size)
 
     return {
         "influence_fields": fields,
