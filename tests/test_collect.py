@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 from collecting import Here, tiny_split, write_corpora
+from tiny_run import tiny_config, tiny_data
 
+from mixloader.agent import behaviours
 from mixloader.agent import collect as collecting
 from mixloader.agent.collect import collect, main
 from mixloader.agent.collection import Collection
@@ -21,6 +23,7 @@ from mixloader.mixer import Mixer
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies import make_policy
 from mixloader.record import read_record
+from mixloader.train.trainer import train
 
 pytest.importorskip("tokenizers")
 
@@ -217,6 +220,22 @@ def test_what_is_asked_of_the_command_is_checked(tmp_path):
 
 
 # Behaviours
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("label", sorted({label for label, _, _ in behaviours.POLICIES}))
+def test_the_policies_that_behaviours_are_made_of_work_in_a_short_run(data, tmp_path, label):
+    policy, options = next((policy, options) for name, policy, options in behaviours.POLICIES if name == label)
+    changes = {"policy": "perturbed", "steps": 16, "eval_every": 8}
+    changes |= {"policy_options": {"inner": policy, "inner_options": options, "noise": 0.3, "seed": 1}}
+    config = tiny_config(data, tmp_path / "run", influence={"rank": 4, "stride": 2, "probe_every": 3}, **changes)
+    record = read_record(train(config, progress=False).record)
+    assert [event for event in record.events if event["event"] == "policy_error"] == []
+    assert len(record.decisions) == 16
 
 
 def see(step, weights, progress):

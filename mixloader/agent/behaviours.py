@@ -164,7 +164,7 @@ class Behaviour:
 _CYCLE = ("walk",) * 9 + ("pieces",) * 3 + ("ramp",) * 2 + ("policy",) * 6 + ("perturbed",) * 5
 """Kinds of 25 episodes of a fold; their order is drawn for each 25."""
 
-_POLICIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+POLICIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("agent", "agent", {}),
     ("agent", "agent", {}),
     ("influence", "influence", {"update_steps": 5}),
@@ -186,6 +186,8 @@ _POLICIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("pike", "pike", {}),
     ("rb", "rb", {}),
 )
+"""Label, name and options: those that mean something in runs of a few hundred steps."""
+
 _PREFERRING = ("agent", "influence", "dga", "doge", "rb")
 
 
@@ -202,7 +204,7 @@ def draw_behaviour(
         return _pieces(rng, list(fields), fields, steps)
     if kind == "ramp":
         return _ramp(rng, fields, steps)
-    label, policy, options = _POLICIES[int(rng.integers(len(_POLICIES)))]
+    label, policy, options = POLICIES[int(rng.integers(len(POLICIES)))]
     if policy in _PREFERRING:
         options = {**options, "preference": preference}
     if kind == "policy":

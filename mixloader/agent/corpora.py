@@ -62,8 +62,7 @@ class FoldData:
         shards = _in_turn([part.shards[: max(1, round(share * len(part.shards)))] for part in parts])
         told = _in_turn([part.validation for part in parts])[: math.ceil(feedback / WINDOWS)]
         kept = _in_turn([self.scored.domain(topic).validation for topic in topics])[: math.ceil(score / WINDOWS)]
-        group = "+".join(topics)
-        domain = Domain(name, shards, told, field, group if len(group) < 80 else None, parts[0].bytes_per_token)
+        domain = Domain(name, shards, told, field, bytes_per_token=parts[0].bytes_per_token)
         return domain, replace(domain, validation=kept)
 
 
