@@ -150,10 +150,12 @@ def _draw_schedule(split: Split, ranges: Ranges, rng: np.random.Generator) -> di
     batch = int(rng.choice(ranges.batch_size))
     tokens = math.exp(rng.uniform(*np.log(ranges.tokens)))
     feedbacks = int(rng.integers(ranges.feedbacks[0], ranges.feedbacks[1] + 1))
-    eval_every = max(1, round(tokens / (batch * split.seq_len * feedbacks)))
+    between = batch * split.seq_len * feedbacks
+    eval_every = max(round(tokens / between), math.ceil(ranges.tokens[0] / between))
     steps = eval_every * feedbacks
     peak = float(f"{math.exp(rng.uniform(*np.log(ranges.learning_rate))):.3g}")
     least = float(rng.choice([0.0, 0.1, 1.0], p=[0.4, 0.4, 0.2]))
+    wanted = int(rng.choice(ranges.decide_every))
     probe_every = max(1, round(steps / math.exp(rng.uniform(math.log(12), math.log(48)))))
     return {
         "steps": steps,
@@ -163,7 +165,7 @@ def _draw_schedule(split: Split, ranges: Ranges, rng: np.random.Generator) -> di
         "min_lr": float(f"{least * peak:.3g}"),
         "warmup_steps": int(rng.uniform(0, 0.1) * steps),
         # As many decisions as feedbacks at least, where batches are large.
-        "decide_every": min(int(rng.choice(ranges.decide_every)), max(1, eval_every)),
+        "decide_every": max((n for n in ranges.decide_every if n <= min(wanted, eval_every)), default=1),
         "eval_every": eval_every,
         "influence": {**ranges.influence, "probe_every": probe_every, "stride": max(1, round(steps / 128))},
     }
