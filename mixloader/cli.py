@@ -1,5 +1,5 @@
 """The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | score | report |
-mixtures | fit | fit-agent`.
+mixtures | fit | collect | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -34,6 +34,7 @@ USAGE = """usage: python -m mixloader VERB ...
   report RUN ...                     a table and a picture of finished runs
   mixtures OUT -n N [...]            sample mixtures to train small runs on
   fit --method NAME [...]            fit what such runs ended with (regmix, olmix, ...) and propose a mixture
+  collect [SPLIT] [...]              run the episodes that the agent is trained on, and pack them
   fit-agent [...]                    train the agent's weights anew
 
 `python -m mixloader VERB --help` says more."""
@@ -332,6 +333,12 @@ def fit_verb(argv: Sequence[str]) -> int:
     return fit_main(list(argv))
 
 
+def collect_verb(argv: Sequence[str]) -> int:
+    from mixloader.agent.collect import main as collect
+
+    return collect(list(argv))
+
+
 def fit_agent_verb(argv: Sequence[str]) -> int:
     from mixloader.agent.fit import main as fit
 
@@ -388,5 +395,6 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report_verb,
     "mixtures": mixtures_verb,
     "fit": fit_verb,
+    "collect": collect_verb,
     "fit-agent": fit_agent_verb,
 }

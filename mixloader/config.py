@@ -99,6 +99,7 @@ class TrainConfig:
     reference: a run's folder or checkpoint; tokens are compared with the losses of its model, for policies that need
         the excess. In policy_options, reference_losses and target_losses may be files of `mixloader score`.
     influence: measure influence for the policy, with these options of Influence ({} for the defaults); None does not.
+    record_detail: the run record has all that the policy saw, for learning from it.
     learning_rate, min_lr, warmup_steps: linear warm-up, then a cosine down to min_lr (None: a tenth).
     weight_decay: of matrices only. betas: of AdamW. grad_clip: largest gradient norm, 0 for none.
     eval_every: steps between held-out losses, 0 for only before and after. eval_windows: windows a domain.
@@ -129,6 +130,7 @@ class TrainConfig:
     answers: dict[str, str] = field(default_factory=dict)
     reference: str | None = None
     influence: dict[str, Any] | None = None
+    record_detail: bool = False
     learning_rate: float = 1e-3
     min_lr: float | None = None
     warmup_steps: int = 100

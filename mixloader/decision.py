@@ -13,9 +13,9 @@ import numpy as np
 from mixloader.deadline import TimedPolicy
 from mixloader.errors import ConfigError
 from mixloader.guards import Guards
-from mixloader.influence_table import InfluenceSnapshot
+from mixloader.influence_table import InfluenceSnapshot, InfluenceTable
 from mixloader.mixture import as_fractions, as_weights, quantize, without
-from mixloader.observation import DomainTable
+from mixloader.observation import DomainTable, Observation
 from mixloader.policies import Policy
 from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json, rows_to_json
 from mixloader.stats import StatsSnapshot, StatsTable
@@ -44,6 +44,7 @@ class Decision:
     error: str | None
     influence: list[list[float | None]] | None = None
     requested: np.ndarray | None = None
+    detail: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able and exact."""
@@ -66,6 +67,7 @@ class Decision:
             units=None,
             requested=None,
             influence=None if self.influence is None else self.influence + [[None] * len(self.influence[0])] * more,
+            detail=None,
         )
 
     @classmethod
@@ -120,7 +122,7 @@ class Decider:
     """Runs a policy in a thread of its own, one task after the other.
 
     domains: the policy was reset with them. builder: of the observations. removed: names that get no weight.
-    guards: what holds for its weights.
+    guards: what holds for its weights. detail: whether decisions tell all that the policy saw.
     """
 
     def __init__(
@@ -130,7 +132,9 @@ class Decider:
         builder: ObservationBuilder,
         removed: tuple[str, ...] = (),
         guards: Guards | None = None,
+        detail: bool = False,
     ):
+        self.detail = detail
         self.domains, self.builder, self.removed, self.guards = domains, builder, removed, guards
         self.policy = policy
         if guards is not None and guards.deadline_s is not None:
@@ -188,6 +192,7 @@ class Decider:
                 units, requested = self._guarded(answer, in_force, observation.tokens_since, task.exhausted)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"[:300]
+        measured = influence is not None and influence.latest > before
         return Decision(
             step=task.step,
             effect=task.effect,
@@ -198,8 +203,9 @@ class Decider:
             feedback={name: value for name, (value, step) in task.feedback.items() if step >= before},
             units=units,
             error=error,
-            influence=None if influence is None or influence.latest <= before else rows_to_json(influence.value),
+            influence=rows_to_json(influence.value) if influence is not None and measured else None,
             requested=requested,
+            detail=_detail(observation, new, influence if measured else None) if self.detail else None,
         )
 
     def first(self, weights: np.ndarray) -> np.ndarray:
@@ -225,6 +231,19 @@ class Decider:
         """bool [D]: domains that get nothing; None for none, or if there is no other."""
         closed = np.array([name in self.removed or name in exhausted for name in self.domains.names])
         return closed if closed.any() and not closed.all() else None
+
+
+def _detail(observation: Observation, new: np.ndarray, influence: InfluenceTable | None) -> dict[str, Any]:
+    """What of an observation the other keys of a decision do not tell. new: bool [D], whose loss is. JSON-able."""
+    detail: dict[str, Any] = {"loss_std": numbers_to_json(np.where(new, observation.loss_std, math.nan))}
+    if influence is not None:
+        detail |= {
+            "influence_std": rows_to_json(influence.std),
+            "influence_rows": np.nan_to_num(np.round(influence.rows)).astype(np.int64).tolist(),
+            "influence_step": influence.step.tolist(),
+            "probe_step": influence.probe_step.tolist(),
+        }
+    return detail
 
 
 def _in_force(task: Task) -> np.ndarray:

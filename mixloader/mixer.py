@@ -50,6 +50,7 @@ class Mixer:
     act: "sampling", or "objective": the loader's mixture stays as it is, and what the policy decides is told by
         `domain_weights`, at the same steps; hand these to domain_cross_entropy (objective.py).
     guards: bounds on the weights and on the time of the policy (guards.py).
+    record_detail: the record has all that the policy saw, for learning from it (docs/record.md).
 
     A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
     that raises or returns no mixture costs a warning and an event in the record: the weights stay.
@@ -69,6 +70,7 @@ class Mixer:
         influence: Influence | None = None,
         act: str = "sampling",
         guards: Guards | None = None,
+        record_detail: bool = False,
         **policy_options: Any,
     ):
         if act not in ("sampling", "objective"):
@@ -100,7 +102,7 @@ class Mixer:
         builder = ObservationBuilder(
             loader.windows, loader.seq_len, token_budget, self._before_reset["step"] - 1, cursors
         )
-        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards)
+        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, record_detail)
         self._objective = Objective(loader.units, self.stats.device) if act == "objective" else None
         self._reset_policy()
         self._after_reset = stream = loader.state_dict()

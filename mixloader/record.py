@@ -83,12 +83,13 @@ class Recorder:
         influence: list[list[float | None]] | None = None,
         requested: np.ndarray | None = None,
         objective: np.ndarray | None = None,
+        detail: Mapping[str, Any] | None = None,
     ) -> None:
         """Queue a decision line. The arrays, all [D], must not change any more.
 
         weights: integer units. counts: rows read since the last decision. loss: nats a token, NaN
         where nothing was read. feedback: what was reported since the last decision. influence: [D][F], if measured.
-        requested, objective: integer units, where there are any (docs/record.md).
+        requested, objective: integer units, where there are any. detail: more of what the policy saw (docs/record.md).
         """
         line = {
             "type": "decision", "step": step, "effect": effect, "tokens": tokens, "weights": weights,
@@ -97,7 +98,9 @@ class Recorder:
         more: dict[str, Any] = {"feedback": feedback} if feedback else {}
         more |= {k: v for k, v in (("requested", requested), ("objective", objective)) if v is not None}
         if influence is not None:
-            more["influence"] = [[None if v is None else float(f"{v:.3g}") for v in row] for row in influence]
+            more["influence"] = _short(influence)
+        if detail is not None:
+            more |= {key: _short(value) if key == "influence_std" else value for key, value in detail.items()}
         self._queue(line | more)
 
     def event(self, event: str, *, step: int, **values: Any) -> None:
@@ -149,6 +152,11 @@ class Recorder:
         data = _encode(line, digits)
         while data:
             data = data[os.write(self._file, data) :]
+
+
+def _short(rows: list[list[float | None]]) -> list[list[float | None]]:
+    """With 3 significant digits."""
+    return [[None if value is None else float(f"{value:.3g}") for value in row] for row in rows]
 
 
 def _encode(line: Mapping[str, Any], digits: int) -> bytes:
@@ -323,9 +331,10 @@ def _canonical(lines: list[dict[str, Any]], torn: bool) -> RunRecord:
 def _padded(line: dict[str, Any], size: int) -> dict[str, Any]:
     """A line of a time with fewer domains, for `size` of them."""
     blanks: dict[str, Any] = dict.fromkeys(("weights", "counts", "loss_tokens", "requested", "objective"), 0)
-    blanks["loss"] = None
+    blanks |= {"loss": None, "loss_std": None, "tokens": 0, "windows": 0, "prior": 0}
+    blanks |= {"influence_rows": 0, "influence_step": -1}
     if line["type"] == "decision" and line.get("influence"):
-        blanks["influence"] = [None] * len(line["influence"][0])
+        blanks["influence"] = blanks["influence_std"] = [None] * len(line["influence"][0])
     return line | {
         key: line[key] + [blank] * (size - len(line[key]))
         for key, blank in blanks.items()
@@ -386,6 +395,7 @@ def _is_mixture(value: Any, domains: int) -> bool:
 
 _UNITS = f"counts, one a domain, that sum to {WEIGHT_ONE}"
 _LOSSES = "numbers or null, one a domain"
+_MORE_LOSSES = "nothing, or numbers or null, one a domain"
 _INFLUENCE = "nothing, or a list of numbers or null for each domain"
 _MORE_UNITS = f"nothing, or {_UNITS}"
 _CHECKS: dict[str, Callable[[Any, int], bool]] = {
@@ -397,6 +407,7 @@ _CHECKS: dict[str, Callable[[Any, int], bool]] = {
     "a list, one a domain": lambda value, n: isinstance(value, list) and len(value) == n,
     "counts, one a domain": lambda value, n: _all_of(value, n, _is_count),
     _LOSSES: lambda value, n: _all_of(value, n, _is_loss),
+    _MORE_LOSSES: lambda value, n: value is None or _all_of(value, n, _is_loss),
     _INFLUENCE: lambda value, n: (
         value is None or _all_of(value, n, lambda row: isinstance(row, list) and all(map(_is_loss, row)))
     ),
@@ -412,7 +423,8 @@ _KEYS: dict[str, dict[str, str]] = {
     "decision": {
         "step": "a count", "effect": "a count", "tokens": "a count", "weights": _UNITS,
         "counts": "counts, one a domain", "loss": _LOSSES, "loss_tokens": "counts, one a domain",
-        "influence": _INFLUENCE, "requested": _MORE_UNITS, "objective": _MORE_UNITS,
+        "influence": _INFLUENCE, "requested": _MORE_UNITS, "objective": _MORE_UNITS, "loss_std": _MORE_LOSSES,
+        "influence_std": _INFLUENCE,
     },
     "event": {"event": "a string", "step": "a step, or -1"},
     "weights": {"step": "a count", "weights": _UNITS},

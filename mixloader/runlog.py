@@ -14,6 +14,7 @@ import torch
 
 from mixloader.decision import Decision
 from mixloader.loader import MixLoader
+from mixloader.mixture import quantize
 from mixloader.record import Recorder
 
 
@@ -30,6 +31,9 @@ def make_header(loader: MixLoader, step: int, weights: list[int], **of_the_mixer
         "step": step,
         "domains": list(loader.names),
         "fields": list(loader.table.fields),
+        "tokens": loader.table.tokens,
+        "windows": loader.windows,
+        "prior": quantize(loader.table.prior),
         "weights": weights,
         **of_the_mixer,
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": str(torch.__version__)},
@@ -78,6 +82,7 @@ class RunLog:
             influence=decision.influence,
             requested=decision.requested,
             objective=objective,
+            detail=decision.detail,
         )
         if decision.error is not None:
             self._record.event("policy_error", step=at, source=decision.step, error=decision.error)

@@ -12,7 +12,17 @@ from mixloader.files import replace
 from mixloader.train.checkpoint import latest_checkpoint, read_state
 
 FREE_KEYS = frozenset(
-    {"data", "out", "init_from", "checkpoint_every", "keep_checkpoints", "log_every", "device", "threads"}
+    {
+        "data",
+        "out",
+        "init_from",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "device",
+        "threads",
+        "record_detail",
+    }
 )
 """Keys that may change when a run is resumed: they do not change what it computes, or what they name is
 compared by its contents instead (`data`) or is in the checkpoint already (`init_from`)."""

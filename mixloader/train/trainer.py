@@ -333,6 +333,7 @@ class Trainer:
             influence=self._influence(),
             act=config.act,
             guards=open_guards(config),
+            record_detail=config.record_detail,
             **policy_options(config),
         )
 
