@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from agent_runs import Run, make_table, noisy_losses, permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
@@ -20,64 +21,7 @@ from mixloader.agent.memory import new_state
 from mixloader.agent.network import SetNetwork, forward, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
 from mixloader.errors import ConfigError, StateError
-from mixloader.observation import DomainTable, Observation, Signal
-
-
-def make_table(n_domains, seed=0):
-    rng = np.random.default_rng(seed)
-    kinds = ["source", "target", *rng.choice(["source", "target", None], n_domains - 2, p=[0.5, 0.3, 0.2])]
-    tokens = (1e5 * np.exp(rng.normal(0, 0.7, n_domains))).astype(np.int64)
-    names = tuple(f"d{i}" for i in range(n_domains))
-    return DomainTable(names, tuple(kinds), (None,) * n_domains, tokens, tokens / tokens.sum())
-
-
-def permuted(table, order):
-    pick = [int(i) for i in order]
-    return DomainTable(
-        tuple(table.names[i] for i in pick), tuple(table.fields[i] for i in pick), (None,) * len(pick),
-        table.tokens[order], table.prior[order],
-    )  # fmt: skip
-
-
-class Run:
-    """A run without a model: losses are a given function of (domain, progress), plus noise; closes the agent's loop."""
-
-    def __init__(self, table, steps=60, losses=None, seed=0, every=1, **options):
-        self.table, self.steps, self.every = table, steps, every
-        self.agent = Agent(**options)
-        self.agent.reset(table)
-        self.weights = table.prior.copy()
-        self.seen = np.zeros(len(table), dtype=np.int64)
-        self.step_tokens = 500_000 // steps
-        noise = np.random.default_rng(seed).normal(0, 0.1, (steps, len(table)))
-        self.losses = losses or (lambda p: 3.0 - 0.5 * p + noise[min(int(p * steps), steps - 1)])
-        self.done = 0
-
-    def observe(self, **changes):
-        since = self.step_tokens * self.every
-        count = np.floor(self.weights * since).astype(np.int64)
-        self.seen = self.seen + count
-        self.done += self.every
-        progress = self.done / self.steps
-        age = np.where(count > 0, 0, -1)
-        loss = np.where(count > 0, np.broadcast_to(self.losses(progress), count.shape), np.nan)
-        observation = Observation(
-            step=self.done - 1, effect_step=self.done + 1, tokens=self.done * self.step_tokens, tokens_since=since,
-            progress=progress, weights=self.weights, seen=self.seen, epochs=self.seen / self.table.tokens,
-            loss=Signal(loss, count, age), loss_std=np.where(count > 0, 2.4, np.nan),
-        )  # fmt: skip
-        return replace(observation, **changes)
-
-    def advance(self, decisions, **changes):
-        for _ in range(decisions):
-            self.weights = self.agent.decide(self.observe(**changes))
-        return self.weights
-
-
-def noisy_losses(n_domains, steps, seed):
-    rng = np.random.default_rng(seed)
-    paths = rng.uniform(2, 4, n_domains) + np.cumsum(rng.normal(-0.01, 0.08, (steps + 1, n_domains)), axis=0)
-    return paths
+from mixloader.observation import DomainTable
 
 
 @settings(deadline=None, max_examples=20)

@@ -15,6 +15,7 @@ from mixloader.observation import DomainTable, Observation
 from mixloader.policies.set_network import from_text, to_text
 
 _COLUMNS = {"source": 0, "target": 1}
+_NEVER = -2  # what is told before the first step is told after step -1
 
 
 class FeatureMaker:
@@ -35,7 +36,7 @@ class FeatureMaker:
         self.names: tuple[str, ...] = ()
         self._take(domains)
         self.state = new_state(len(domains))
-        self._told = np.full(len(domains) + 2, -1, dtype=np.int64)
+        self._told = np.full(len(domains) + 2, _NEVER, dtype=np.int64)
 
     def extend(self, domains: DomainTable) -> None:
         """Go on with a table that has more domains at its end: what was seen of the others stays."""
@@ -48,7 +49,7 @@ class FeatureMaker:
             np.concatenate([influence, fresh.influence], axis=2),
             np.concatenate([feedback[:, :n_domains], fresh.feedback[:, :more], feedback[:, n_domains:]], axis=1),
         )
-        self._told = np.insert(self._told, n_domains, np.full(more, -1))
+        self._told = np.insert(self._told, n_domains, np.full(more, _NEVER))
         self._take(domains)
 
     def _take(self, domains: DomainTable) -> None:
@@ -145,7 +146,7 @@ class FeatureMaker:
                 name: None if name in ages and np.isinf(ages[name]).all() else to_text(part, "<f8")
                 for name, part in parts.items()
             },
-            "told": None if (self._told < 0).all() else self._told.tolist(),
+            "told": None if (self._told == _NEVER).all() else self._told.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,4 +165,6 @@ class FeatureMaker:
                 "manifest that the state was saved with"
             ) from error
         told = state["told"]
-        self._told = np.full(len(self._told), -1, dtype=np.int64) if told is None else np.array(told, dtype=np.int64)
+        self._told = (
+            np.full(len(self._told), _NEVER, dtype=np.int64) if told is None else np.array(told, dtype=np.int64)
+        )

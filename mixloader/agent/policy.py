@@ -85,7 +85,7 @@ class Agent:
         self._maker.reset(domains, self.preference, self.model_size)
         return None
 
-    def extend(self, domains: DomainTable) -> None:
+    def extend(self, domains: DomainTable) -> np.ndarray | None:
         """Go on with more domains at the end of the table, or another prior; nothing seen is forgotten.
 
         Raises StateError if it is another table.
@@ -97,6 +97,7 @@ class Agent:
                 "these and more at the end"
             )
         self._maker.extend(domains)
+        return None
 
     def decide(self, observation: Observation) -> np.ndarray | None:
         """The next mixture, float64 [D]; None while nothing was read or no two domains can be traded."""
