@@ -15,7 +15,7 @@ from mixing import train
 from mixloader import Guards, Manifest, Mixer, MixLoader
 from mixloader.agent.action import RATE
 from mixloader.agent.feature_maker import FeatureMaker
-from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES
+from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES, OF_SIGNALS
 from mixloader.agent.memory import FEEDBACK_HORIZON, INFLUENCE_HORIZON
 from mixloader.agent.network import SetNetwork, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
@@ -445,7 +445,7 @@ def test_what_it_uses_is_what_its_weights_read(weights, tmp_path):
     assert Agent(parameters=weights).needs == {"loss"}
     assert signals_of(Agent(parameters=weights)) == {"loss", "influence", "feedback"}
     assert signals_of(Agent(parameters=weights, influence=False)) == {"loss", "feedback"}
-    names = [name for name in (*DOMAIN_FEATURES, *GLOBAL_FEATURES) if "influence" not in name]
+    names = [name for name in (*DOMAIN_FEATURES, *GLOBAL_FEATURES) if name not in OF_SIGNALS["influence"]]
     save_parameters(SetNetwork(names, hidden=8, blocks=1).parameters_as_arrays(), tmp_path / "few.safetensors")
     few = load_parameters(tmp_path / "few.safetensors")
     assert few.features == names

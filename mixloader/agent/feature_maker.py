@@ -23,8 +23,8 @@ class FeatureMaker:
 
     influence, feedback: False ignores that signal, as if it were not there.
     After `see`: active, bool [D], the domains that can be traded; weights and prior, float64 [A], of those, sums of 1;
-    share, what they have together of the mixture; limit, the bound of this decision (action.bound). The prior of a
-    domain without any is 0, and it is never active.
+    share, what they have together of the mixture; budget, tokens of the run as far as is known; limit, the bound of
+    this decision (action.bound).
     """
 
     def __init__(self, influence: bool = True, feedback: bool = True):
@@ -33,17 +33,16 @@ class FeatureMaker:
     def reset(self, domains: DomainTable, preference: float, model_size: float | None = None) -> None:
         """Begin a run. model_size: number of parameters of the model, None if it is not known."""
         self.preference, self.log_size = preference, math.nan if model_size is None else math.log10(model_size)
-        self.names: tuple[str, ...] = ()
         self._take(domains)
         self.state = new_state(len(domains))
         self._told = np.full(len(domains) + 2, _NEVER, dtype=np.int64)
 
     def extend(self, domains: DomainTable) -> None:
         """Go on with a table that has more domains at its end: what was seen of the others stays."""
-        more = len(domains) - len(self.names)
+        more = len(domains) - len(self.table)
         fresh = new_state(more)
         losses, influence, feedback = self.state
-        n_domains = len(self.names)
+        n_domains = len(self.table)
         self.state = State(
             np.concatenate([losses, fresh.losses], axis=1),
             np.concatenate([influence, fresh.influence], axis=2),
@@ -53,7 +52,7 @@ class FeatureMaker:
         self._take(domains)
 
     def _take(self, domains: DomainTable) -> None:
-        self.names = domains.names
+        self.table = domains
         self._fields = field_codes(domains.fields)
         self._tokens = np.array(domains.tokens, dtype=np.int64)
         self._prior = np.array(domains.prior, dtype=np.float64)
@@ -69,7 +68,7 @@ class FeatureMaker:
         progress = min(observation.progress, 1.0) if observation.progress > 0 else math.nan
         budget = observation.tokens / (0.5 if math.isnan(progress) else progress)
         since = float(observation.tokens_since)
-        self.limit = bound(since, budget)
+        self.budget, self.limit = budget, bound(since, budget)
         update_state(self.state, self._measured(observation), since, budget)
         self.active = (observation.weights > 0) & (self._prior > 0)
         if self.active.all() and len(self.active) > 1:
@@ -111,7 +110,7 @@ class FeatureMaker:
 
     def _influence(self, observation: Observation) -> np.ndarray:
         """float64 [3, D, 2]: value, standard error and age in tokens, NaN where not measured."""
-        out = np.full((3, len(self.names), 2), math.nan)
+        out = np.full((3, len(self.table), 2), math.nan)
         signal = observation.influence
         if signal is None or not self.influence:
             return out
@@ -151,7 +150,7 @@ class FeatureMaker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for a state of another number of domains."""
-        fresh = new_state(len(self.names))
+        fresh = new_state(len(self.table))
         try:
             self.state = State(
                 *(
@@ -161,7 +160,7 @@ class FeatureMaker:
             )
         except (KeyError, ValueError) as error:
             raise StateError(
-                f"the agent's state does not fit this run of {len(self.names)} domains ({error}); resume with the "
+                f"the agent's state does not fit this run of {len(self.table)} domains ({error}); resume with the "
                 "manifest that the state was saved with"
             ) from error
         told = state["told"]

@@ -57,6 +57,12 @@ _RUN_INFLUENCE = GLOBAL_FEATURES.index("source_influence")
 _RUN_FEEDBACK = GLOBAL_FEATURES.index("source_feedback")
 _SIZE = GLOBAL_FEATURES.index("has_size")
 
+OF_SIGNALS = {
+    "influence": (*DOMAIN_FEATURES[_INFLUENCE:_FEEDBACK], *GLOBAL_FEATURES[_RUN_INFLUENCE:_RUN_FEEDBACK]),
+    "feedback": (*DOMAIN_FEATURES[_FEEDBACK:], *GLOBAL_FEATURES[_RUN_FEEDBACK:_SIZE]),
+}
+"""Features that are made of a signal, all of them 0 without it and by nothing else touched: 0 there is its absence."""
+
 
 def field_codes(fields: tuple[str | None, ...]) -> np.ndarray:
     """Fields of a DomainTable as int64 [D]: SOURCE, TARGET or NO_FIELD."""

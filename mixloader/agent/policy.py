@@ -10,7 +10,9 @@ import numpy as np
 
 from mixloader.agent.action import CAP, FLOOR, act
 from mixloader.agent.feature_maker import FeatureMaker
-from mixloader.agent.network import Parameters, forward, load_parameters
+from mixloader.agent.features import OF_SIGNALS
+from mixloader.agent.network import Parameters, forward, load_parameters, read_tensors
+from mixloader.agent.transformer import KIND, History, HistoryNetwork, Ranges
 from mixloader.errors import ConfigError, StateError
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies.base import register
@@ -30,7 +32,8 @@ class Agent:
         lambda * mean source improvement + (1 - lambda) * mean target improvement).
     floor: every domain keeps at least this part of its prior weight. cap: no domain gets more than this, or than
         its prior weight where that is larger.
-    parameters: another file of weights than the shipped one.
+    parameters: another file of weights than the shipped one; what it says of itself decides which network it is for,
+        that of network.py or that of transformer.py.
     model_size: number of parameters of the model that is trained, if it shall be known.
     influence, feedback: False ignores that signal where it comes.
 
@@ -59,11 +62,17 @@ class Agent:
             raise ConfigError(f"the agent's model_size is {model_size}; expected the number of parameters, or None")
         self.preference, self.floor, self.cap = float(preference), float(floor), float(cap)
         self.model_size = model_size
-        self._parameters: Parameters = load_parameters(Path(parameters) if parameters else SHIPPED)
-        known = self._parameters.features
-        self.uses = frozenset(
-            name for name, on in (("influence", influence), ("feedback", feedback)) if on and f"has_{name}" in known
-        )
+        path = Path(parameters) if parameters else SHIPPED
+        self._network: Parameters | HistoryNetwork
+        self._ranges: Parameters | Ranges  # what `act` asks of the network
+        if read_tensors(path)[1].get("network") == KIND:
+            self._network = HistoryNetwork.load(path)
+            self._ranges = self._network.ranges
+        else:
+            self._network = self._ranges = load_parameters(path)
+        known = set(self._network.features)
+        wanted = {"influence": influence, "feedback": feedback}
+        self.uses = frozenset(name for name, of in OF_SIGNALS.items() if wanted[name] and known.intersection(of))
         """Signals that it does without, but decides better with."""
         self._maker = FeatureMaker("influence" in self.uses, "feedback" in self.uses)
         self._compile()
@@ -83,6 +92,7 @@ class Agent:
                 'with "field": "source" or "target" in the manifest, or use another policy'
             )
         self._maker.reset(domains, self.preference, self.model_size)
+        self._history = History(self._network, len(domains)) if isinstance(self._network, HistoryNetwork) else None
         return None
 
     def extend(self, domains: DomainTable) -> np.ndarray | None:
@@ -90,13 +100,15 @@ class Agent:
 
         Raises StateError if it is another table.
         """
-        before = self._maker.names
+        before = self._maker.table.names
         if domains.names[: len(before)] != before:
             raise StateError(
                 f"the agent cannot go on with domains {', '.join(domains.names)} after {', '.join(before)}; expected "
                 "these and more at the end"
             )
         self._maker.extend(domains)
+        if self._history is not None:
+            self._history.extend(len(domains))
         return None
 
     def decide(self, observation: Observation) -> np.ndarray | None:
@@ -108,17 +120,29 @@ class Agent:
         active = maker.active
         if active.sum() < 2:
             return None
-        domain, p = domain[active], self._parameters
-        u = forward(domain, run, maker.weights, maker.prior, p)
-        moved = act(u, domain, run, maker.weights, maker.prior, maker.limit, self.floor, self.cap, p)
+        u = self._answer(domain, run, observation.tokens)
+        bounds = (maker.limit, self.floor, self.cap)
+        moved = act(u, domain[active], run, maker.weights, maker.prior, *bounds, self._ranges)
         out = observation.weights.copy()
         out[active] = maker.share * moved
         return out
 
+    def _answer(self, domain: np.ndarray, run: np.ndarray, tokens: int) -> np.ndarray:
+        """The network's numbers for the active domains, float32 [A]."""
+        maker, active = self._maker, self._maker.active
+        if self._history is None:
+            return forward(domain[active], run, maker.weights, maker.prior, self._network)
+        weights = np.zeros(len(active))
+        weights[active] = maker.weights
+        return self._history.answer(domain, run, weights, maker.table.prior, tokens, maker.budget)[active]
+
     def state_dict(self) -> dict[str, Any]:
         """What is remembered of the run. Exact, and at most 5 KB of JSON at 16 domains."""
-        return self._maker.state_dict()
+        state = self._maker.state_dict()
+        return state if self._history is None else {**state, "history": self._history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for a state of another number of domains."""
         self._maker.load_state_dict(state)
+        if self._history is not None:
+            self._history.load_state_dict(state["history"])
