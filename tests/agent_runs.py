@@ -5,9 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from mixloader.agent.network import save_parameters
 from mixloader.agent.policy import Agent
+from mixloader.agent.transformer import HistoryNetwork
 from mixloader.observation import DomainTable, Observation, Signal
+
+
+def save_random(path, network):
+    """Write a file of random weights that answer to all their features; returns its path."""
+    torch.manual_seed(3)
+    network.low.fill_(-8)
+    network.high.fill_(12)
+    network.scale.fill_(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if isinstance(network, HistoryNetwork):
+        network.save(path)
+    else:
+        save_parameters(network.parameters_as_arrays(), path)
+    return path
 
 
 def make_table(n_domains, seed=0):

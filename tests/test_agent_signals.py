@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from agent_runs import Run, make_table, measured, noisy_losses, permuted
+from agent_runs import Run, make_table, measured, noisy_losses, permuted, save_random
 from corpora import tagged_domains
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,15 +32,10 @@ def weights(tmp_path_factory):
     """A file of random weights that reads all features and answers to each of them."""
     torch.manual_seed(3)
     network = SetNetwork(hidden=16)
-    network.low.fill_(-8)
-    network.high.fill_(12)
-    network.scale.fill_(2)
     with torch.no_grad():
         network.out_weight.mul_(10)
         network.head_weight.mul_(30)
-    path = tmp_path_factory.mktemp("weights") / "all.safetensors"
-    save_parameters(network.parameters_as_arrays(), path)
-    return path
+    return save_random(tmp_path_factory.mktemp("weights") / "all.safetensors", network)
 
 
 def table_of(fields, prior=None):
