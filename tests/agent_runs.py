@@ -45,8 +45,11 @@ def permuted(table, order):
     )  # fmt: skip
 
 
-def measured(influence=None, std=0.1, age=0, fields=("source", "target"), feedback=None, feedback_age=1):
-    """Keywords of an Observation. influence: [D, F] or None, NaN where not measured; age: in plan steps."""
+def measured(influence=None, std=0.1, age=0, fields=("source", "target"), feedback=None, feedback_age=1, rows=10**9):
+    """Keywords of an Observation. influence: [D, F] or None, NaN where not measured; age: in plan steps.
+
+    rows: behind each entry of influence.
+    """
     told = {
         name: Signal(np.array(value), np.array(1), np.array(feedback_age)) for name, value in (feedback or {}).items()
     }
@@ -54,7 +57,7 @@ def measured(influence=None, std=0.1, age=0, fields=("source", "target"), feedba
         return {"feedback": told}
     influence = np.asarray(influence, dtype=np.float64)
     known = np.isfinite(influence)
-    signal = Signal(influence, np.where(known, 9, 0), np.where(known, np.broadcast_to(age, influence.shape), -1))
+    signal = Signal(influence, np.where(known, rows, 0), np.where(known, np.broadcast_to(age, influence.shape), -1))
     std = np.where(known, np.broadcast_to(std, influence.shape), np.nan)
     return {"feedback": told, "influence": signal, "influence_std": std, "influence_fields": fields}
 

@@ -71,7 +71,7 @@ def test_influence_is_one_gradient_for_both_fields_on_one_scale():
     balanced = 0.25 * influence[:, 0] + 0.75 * influence[:, 1]
     # Prior inside each field, the fields alike.
     of_fields = [(0.6 * 9.04 + 0.3 * 1.16) / 0.9, 0.61]
-    scale = np.sqrt(np.mean(of_fields) / 2)
+    scale = np.sqrt(np.mean(of_fields))
     advantage = balanced - np.array([0.5, 0.2, 0.3]) @ balanced
     np.testing.assert_allclose(domain["gain"], np.arcsinh(balanced / scale), rtol=1e-5)
     np.testing.assert_allclose(domain["gain_long"], np.arcsinh(balanced / scale), rtol=1e-5)
@@ -141,6 +141,19 @@ def test_noisy_snapshots_of_influence_count_less_in_the_average():
     first, second = keep / (0.05**2 + 0.05**2), 1 / (25 + 0.05**2)
     average = (first - second) / (first + second)
     assert seen.maker.state.influence[3, 0, 0] / seen.maker.state.influence[4, 0, 0] == pytest.approx(average)
+
+
+def test_the_spread_over_few_rows_is_not_taken_for_certainty():
+    influence = [[1.0, 0.3], [0.2, 0.9]]
+    signals = [
+        Seen(table_of(["source", "target"])).see(influence=influence, std=0.1, rows=rows)[0]["gain_signal"]
+        for rows in (10**9, 4, 1)
+    ]
+    error = 0.1 * np.hypot(0.5, 0.5)
+    np.testing.assert_allclose(np.sinh(signals[0]), np.array([0.65, 0.55]) / error, rtol=1e-5)
+    np.testing.assert_allclose(np.sinh(signals[1]), np.sinh(signals[0]) * np.sqrt(3 / 4), rtol=1e-5)
+    # Of one row nothing is known: its error may be as large as the largest entry.
+    np.testing.assert_allclose(np.sinh(signals[2]), np.array([0.65, 0.55]) / np.hypot(0.5, 0.5), rtol=1e-5)
 
 
 def test_old_influence_fades():

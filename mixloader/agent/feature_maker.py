@@ -120,7 +120,10 @@ class FeatureMaker:
                 known = signal.age[:, column] >= 0
                 out[0, :, _COLUMNS[name]] = np.where(known, signal.value[:, column], math.nan)
                 if observation.influence_std is not None:
-                    out[1, :, _COLUMNS[name]] = observation.influence_std[:, column]
+                    # The spread over few rows is too small by this, and that over one row says nothing.
+                    rows = signal.count[:, column]
+                    factor = np.where(rows > 1, rows / np.maximum(rows - 1, 1), math.nan)
+                    out[1, :, _COLUMNS[name]] = observation.influence_std[:, column] * np.sqrt(factor)
                 out[2, :, _COLUMNS[name]] = signal.age[:, column] * step_tokens
         return out
 

@@ -72,7 +72,7 @@ def field_codes(fields: tuple[str | None, ...]) -> np.ndarray:
 
 @compiled
 def _write_domain(state, d, weight, prior, tokens, seen, epochs, run, out):
-    """Features of domain `d` into out [P], those of its losses among them.
+    """Features of domain `d` that need no other signal than losses into out.
 
     run: (number of domains, tokens so far, budget, mean loss).
     """
@@ -87,7 +87,8 @@ def _write_domain(state, d, weight, prior, tokens, seen, epochs, run, out):
     has_loss = state[3, d] > 1e-200 and state[7, d] > 0
     out[15] = 1.0 if has_loss else 0.0
     if not has_loss:
-        out[8:15] = 0.0
+        for i in range(8, 15):
+            out[i] = 0.0
         return
     short, middle, long = state[0, d] / state[3, d], state[1, d] / state[4, d], state[2, d] / state[5, d]
     deviation = np.sqrt(state[9, d] / state[10, d]) if state[10, d] > 1e-200 else _TYPICAL_STD
@@ -123,13 +124,14 @@ def make_features(
 
     # Integer sums by field: weight, domains, domains with a loss, excess over the first loss, long slope.
     sums = np.zeros((3, 5), dtype=np.int64)
-    row = np.zeros(N_DOMAIN)
+    row = np.zeros(_INFLUENCE)
     for d in range(n_domains):
         run = (n_domains, run_tokens, budget, mean_loss)
         _write_domain(losses, d, weights[d], prior[d], tokens[d], seen[d], epochs[d], run, row)
         row[0] = 1.0 if fields[d] == SOURCE else 0.0
         row[1] = 1.0 if fields[d] == TARGET else 0.0
-        out_domain[d] = row
+        for i in range(_INFLUENCE):
+            out_domain[d, i] = row[i]
         field = fields[d]
         sums[field, 0] += fixed(weights[d])
         sums[field, 1] += 1
@@ -159,8 +161,8 @@ def make_features(
 
 
 @compiled
-def _scale(x, known, prior, fields, used):
-    """One scale for both fields: the root mean square of x [2, D], |x| <= 1, over fields measured and known domains.
+def _scale(x, known, prior, fields):
+    """One scale for both fields: the root mean square over domains of the length of x [2, D] there, |x| <= 1.
 
     Domains count by their prior inside their group (source, target, neither), groups alike: two halves of a domain
     count as the whole, and a small target field as much as a large source field.
@@ -168,61 +170,70 @@ def _scale(x, known, prior, fields, used):
     sums = np.zeros((3, 2), dtype=np.int64)
     for d in range(len(prior)):
         if known[d]:
-            square = 0.0
-            for f in range(2):
-                square += used[f] * x[f, d] ** 2
-            sums[fields[d], 0] += fixed(prior[d] * square)
+            sums[fields[d], 0] += fixed(prior[d] * (x[0, d] ** 2 + x[1, d] ** 2))
             sums[fields[d], 1] += fixed(prior[d])
     total, groups = 0.0, 0
     for group in range(3):
         if sums[group, 1] > 0:
             total += sums[group, 0] / sums[group, 1]
             groups += 1
-    return np.sqrt(total / max(groups, 1) / max(used.sum(), 1.0))
+    return np.sqrt(total / max(groups, 1))
 
 
 @compiled
-def _write_influence(state, weights, prior, fields, preference, budget, out_domain, out_global):
-    n_domains = len(weights)
-    used = np.zeros(2)  # 1 for a field that was measured
+def _read_influence(state, budget, fresh, newest, average, known):
+    """Freshness, newest and average influence, each [2, D], and known [D], of the fields that were measured at all.
+
+    newest and average are over their largest entries, which are returned: sums are in fixed point, and the unit of a
+    gradient may be anything. Returns which fields were measured, too, as (1.0 or 0.0, 1.0 or 0.0).
+    """
+    n_domains = len(known)
+    source, target = 0.0, 0.0
     for d in range(n_domains):
-        for f in range(2):
-            if state[2, f, d] < np.inf:
-                used[f] = 1.0
-    parts = used * np.array([preference, 1 - preference])
-    if parts.sum() > 0:
-        parts /= parts.sum()
-    fresh = np.zeros((2, n_domains))
-    known = np.zeros(n_domains, dtype=np.bool_)
-    newest, average = np.zeros((2, n_domains)), np.zeros((2, n_domains))
+        source = 1.0 if state[2, 0, d] < np.inf else source
+        target = 1.0 if state[2, 1, d] < np.inf else target
+    used = (source, target)
     largest, largest_average = 0.0, 0.0
     for d in range(n_domains):
-        known[d] = used.sum() > 0
+        known[d] = source + target > 0
         for f in range(2):
             known[d] = known[d] and (used[f] == 0 or (state[2, f, d] < np.inf and state[4, f, d] > 1e-200))
-        if not known[d]:
-            continue
         for f in range(2):
-            if used[f] > 0:
+            if known[d] and used[f] > 0:
                 fresh[f, d] = np.exp(-state[2, f, d] / budget / INFLUENCE_FADES)
                 newest[f, d] = state[0, f, d]
                 average[f, d] = state[3, f, d] / state[4, f, d]
                 largest = max(largest, abs(newest[f, d]))
                 largest_average = max(largest_average, abs(average[f, d]))
-    if largest == 0 or largest_average == 0:
+    if largest > 0 and largest_average > 0:
+        for d in range(n_domains):
+            for f in range(2):
+                newest[f, d] /= largest
+                average[f, d] /= largest_average
+    return source, target, largest, largest_average
+
+
+@compiled
+def _write_influence(state, weights, prior, fields, preference, budget, out_domain, out_global):
+    n_domains = len(weights)
+    fresh, newest, average = np.zeros((2, n_domains)), np.zeros((2, n_domains)), np.zeros((2, n_domains))
+    known = np.zeros(n_domains, dtype=np.bool_)
+    source, target, largest, largest_average = _read_influence(state, budget, fresh, newest, average, known)
+    if not (largest > 0 and largest_average > 0):
         return
-    # The largest entry first: sums are in fixed point, and the unit of a gradient may be anything.
-    newest /= largest
-    average /= largest_average
-    scale, scale_average = _scale(newest, known, prior, fields, used), _scale(average, known, prior, fields, used)
+    scale, scale_average = _scale(newest, known, prior, fields), _scale(average, known, prior, fields)
     if not (scale > 0 and scale_average > 0):
         return
+    # What a field that was not measured would count for goes to the other one.
+    total = source * preference + target * (1 - preference)
+    if total > 0:
+        source, target = source * preference / total, target * (1 - preference) / total
 
-    sums = np.zeros(7, dtype=np.int64)  # by weight: known, gain, and for each field gain and freshness
+    sums = np.zeros(6, dtype=np.int64)  # by weight: known, gain, and for each field gain and freshness
     for d in range(n_domains):
         if known[d]:
             sums[0] += fixed(weights[d])
-            sums[1] += fixed(weights[d] * (parts[0] * average[0, d] + parts[1] * average[1, d]))
+            sums[1] += fixed(weights[d] * (source * average[0, d] + target * average[1, d]))
             for f in range(2):
                 sums[2 + f] += fixed(weights[d] * average[f, d])
                 sums[4 + f] += fixed(weights[d] * fresh[f, d])
@@ -233,14 +244,13 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
     for d in range(n_domains):
         if not known[d]:
             continue
-        fade = 1.0
-        for f in range(2):
-            if used[f] > 0:
-                fade = min(fade, fresh[f, d])
-        gain = parts[0] * newest[0, d] + parts[1] * newest[1, d]
-        gain_average = parts[0] * average[0, d] + parts[1] * average[1, d]
+        # As new as the older one of those that were measured.
+        fade = min(fresh[0, d], fresh[1, d])
+        fade = fade if fade > 0 else max(fresh[0, d], fresh[1, d])
+        gain = source * newest[0, d] + target * newest[1, d]
+        gain_average = source * average[0, d] + target * average[1, d]
         advantage = gain_average - mean
-        error = np.sqrt((parts[0] * state[1, 0, d]) ** 2 + (parts[1] * state[1, 1, d]) ** 2) / largest
+        error = np.sqrt((source * state[1, 0, d]) ** 2 + (target * state[1, 1, d]) ** 2) / largest
         error = max(error, 1e-3 * scale)
         signal = np.arcsinh(advantage * largest_average / largest / error)
         row = out_domain[d]
@@ -252,7 +262,7 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
         row[_INFLUENCE + 5] = fade * np.arcsinh(advantage / scale_average)
         row[_INFLUENCE + 6] = fade * np.arcsinh(gain / error)
         row[_INFLUENCE + 7] = fade * signal
-        spread += fixed(weights[d] * (advantage) ** 2)
+        spread += fixed(weights[d] * advantage**2)
         certainty += fixed(weights[d] * (fade * signal) ** 2)
     freshest = 0.0
     for f in range(2):
@@ -265,36 +275,37 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
 
 
 @compiled
-def _of_feedback(state, column, budget, out):
-    """Freshness, change since the first, excess over the best and slope of what was told in `column`, into out [4]."""
+def _of_feedback(state, column, budget):
+    """Freshness, change since the first, excess over the best and slope of what was told in `column`."""
     age = state[4, column]
     if age == np.inf:
-        out[:] = 0.0
-        return
-    out[0] = np.exp(-age / budget / FEEDBACK_FADES)
-    out[1] = np.arcsinh(10 * (state[2, column] - state[0, column]))
-    out[2] = np.arcsinh(10 * (state[2, column] - state[1, column]))
-    out[3] = out[0] * np.arcsinh(20 * (state[2, column] - state[3, column]))
+        return 0.0, 0.0, 0.0, 0.0
+    fresh = np.exp(-age / budget / FEEDBACK_FADES)
+    newest = state[2, column]
+    return (
+        fresh,
+        np.arcsinh(10 * (newest - state[0, column])),
+        np.arcsinh(10 * (newest - state[1, column])),
+        fresh * np.arcsinh(20 * (newest - state[3, column])),
+    )
 
 
 @compiled
 def _write_feedback(state, fields, budget, out_domain, out_global):
     n_domains = len(fields)
-    four = np.zeros(4)
     sums = np.zeros((3, 5), dtype=np.int64)
     for d in range(n_domains):
-        if state[4, d] == np.inf:
-            continue
-        _of_feedback(state, d, budget, four)
-        out_domain[d, _FEEDBACK : _FEEDBACK + 4] = four
-        sums[fields[d], 0] += 1
-        for i in range(4):
-            sums[fields[d], 1 + i] += fixed(four[i])
-    for f in range(2):
-        _of_feedback(state, n_domains + f, budget, four)
-        told = sums[SOURCE + f]
-        if state[4, n_domains + f] == np.inf and told[0] > 0:
+        if state[4, d] < np.inf:
+            four = _of_feedback(state, d, budget)
+            sums[fields[d], 0] += 1
             for i in range(4):
-                four[i] = told[1 + i] / told[0] / FIXED_ONE
+                out_domain[d, _FEEDBACK + i] = four[i]
+                sums[fields[d], 1 + i] += fixed(four[i])
+    for f in range(2):
+        four = _of_feedback(state, n_domains + f, budget)
+        count = sums[SOURCE + f, 0]
+        stands_in = state[4, n_domains + f] == np.inf and count > 0
         for i in range(4):
-            out_global[_RUN_FEEDBACK + 2 * i + f] = four[i]
+            out_global[_RUN_FEEDBACK + 2 * i + f] = (
+                sums[SOURCE + f, 1 + i] / count / FIXED_ONE if stands_in else four[i]
+            )

@@ -152,7 +152,8 @@ def _add_feedback(state, told, tokens_since, budget):
         if not np.isfinite(told[d]):
             continue
         if state[4, d] == np.inf:
-            state[:4, d] = told[d]
+            for row in range(4):
+                state[row, d] = told[d]
         keep = np.exp(-state[4, d] / budget / FEEDBACK_HORIZON) if state[4, d] < np.inf else 0.0
         state[1, d] = min(state[1, d], told[d])
         state[2, d] = told[d]
