@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from mixloader.agent.action import LARGEST, RATE, project
+from mixloader.agent.action import LARGEST, RATE, act, project
 from mixloader.agent.compiled import compiled
 from mixloader.agent.features import DOMAIN_FEATURES, N_DOMAIN, N_GLOBAL, field_codes, make_features
-from mixloader.agent.memory import new_state
+from mixloader.agent.memory import new_state, update_state
 from mixloader.agent.network import SetNetwork, forward, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
 from mixloader.errors import ConfigError, StateError
@@ -279,13 +279,17 @@ def test_compiles_without_a_place_for_the_cache(monkeypatch):
 
 def test_decisions_do_not_compile():
     """All is compiled at construction, for any number of domains and for read-only arrays."""
-    run = Run(make_table(9))
-    compiled_before = len(forward.signatures), len(make_features.signatures)
+    functions = (update_state, make_features, forward, act)
+    run = Run(make_table(9), signals=lambda p: {"influence": np.ones((9, 2)), "feedback": {"d1": 2.0, "source": 3.0}})
+    compiled_before = [len(function.signatures) for function in functions]
     observation = run.observe()
-    for array in (observation.loss.value, observation.weights, observation.seen):
+    for array in (observation.loss.value, observation.weights, observation.seen, observation.influence.value):
         array.setflags(write=False)
     run.agent.decide(observation)
-    assert (len(forward.signatures), len(make_features.signatures)) == compiled_before == (1, 1)
+    run.weights = np.array([0, 0, 0.3, 0.3, 0.4, 0, 0, 0, 0])
+    run.advance(1)
+    assert [len(function.signatures) for function in functions] == compiled_before
+    assert all(compiled_before)
 
 
 def test_the_shipped_weights_are_the_network_s():

@@ -78,6 +78,8 @@ def test_influence_is_one_gradient_for_both_fields_on_one_scale():
     np.testing.assert_allclose(domain["gain_source"], np.arcsinh(influence[:, 0] / scale), rtol=1e-5)
     np.testing.assert_allclose(domain["gain_target"], np.arcsinh(influence[:, 1] / scale), rtol=1e-5)
     np.testing.assert_allclose(domain["advantage"], np.arcsinh(advantage / scale), rtol=1e-5)
+    own_scale = np.sqrt(np.mean([(0.6 * balanced[0] ** 2 + 0.3 * balanced[1] ** 2) / 0.9, balanced[2] ** 2]))
+    np.testing.assert_allclose(domain["advantage_relative"], np.arcsinh(advantage / own_scale), rtol=1e-5)
     error = 0.1 * np.hypot(0.25, 0.75)
     np.testing.assert_allclose(domain["gain_signal"], np.arcsinh(balanced / error), rtol=1e-5)
     np.testing.assert_allclose(domain["advantage_signal"], np.arcsinh(advantage / error), rtol=1e-5)
@@ -341,10 +343,13 @@ def test_deciding_less_often_leaves_nearly_the_same_path(weights, every):
 
     options = {"losses": lambda p: np.full(6, 3.0 - p), "signals": signals, "parameters": weights}
     often, seldom = Run(table, 192, **options), Run(table, 192, every=every, **options)
+    apart, gone = [], []
     for _ in range(192 // 16):
         a, b = often.advance(16), seldom.advance(16 // every)
-        assert np.abs(a - b).sum() / 2 < 0.03  # total variation
-    assert np.abs(a - table.prior).sum() / 2 > 0.1, "the path must go somewhere for the comparison to mean anything"
+        apart.append(np.abs(a - b).sum() / 2)  # total variation
+        gone.append(np.abs(a - table.prior).sum() / 2)
+    assert max(gone) > 0.2, "the path must go somewhere for the comparison to mean anything"
+    assert max(apart) < 0.2 * max(gone)
 
 
 def test_state_round_trip_with_all_signals_is_bitwise_exact(weights):

@@ -22,6 +22,7 @@ DOMAIN_FEATURES = (
     "excess_first", "excess_best", "slope_short", "slope_long", "log_level", "log_error_short", "log_error_long",
     "has_loss",
     "has_influence", "gain", "gain_long", "gain_source", "gain_target", "advantage", "gain_signal", "advantage_signal",
+    "advantage_relative",
     "has_feedback", "feedback_change", "feedback_excess", "feedback_slope",
 )  # fmt: skip
 """Features of a domain, in order. What is missing leaves its features at 0.
@@ -30,7 +31,9 @@ has_influence is 1 for a new measurement and fades to 0, and what follows fades 
 the source + (1 - preference) * influence on the target. gain: arcsinh(g / scale) of the newest snapshot; gain_long, and
 gain_source and gain_target of one field each: of the running average; advantage: of g less its mean over the current
 mixture; *_signal: arcsinh of g and of the advantage over the standard error. scale: one for both fields, see `_scale`.
-has_feedback fades, too. Of a domain that is told by name: newest less first loss, less best loss, less running average.
+advantage_relative: arcsinh of the advantage over the scale of g alone: a field of large gradients that the preference
+leaves little part does not widen it. has_feedback fades, too; of a domain that is told of by name: newest less first
+loss, less best loss, less running average.
 """
 
 GLOBAL_FEATURES = (
@@ -217,6 +220,7 @@ def _read_influence(state, budget, fresh, newest, average, known):
 def _write_influence(state, weights, prior, fields, preference, budget, out_domain, out_global):
     n_domains = len(weights)
     fresh, newest, average = np.zeros((2, n_domains)), np.zeros((2, n_domains)), np.zeros((2, n_domains))
+    balanced = np.zeros((2, n_domains))
     known = np.zeros(n_domains, dtype=np.bool_)
     source, target, largest, largest_average = _read_influence(state, budget, fresh, newest, average, known)
     if not (largest > 0 and largest_average > 0):
@@ -231,15 +235,17 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
 
     sums = np.zeros(6, dtype=np.int64)  # by weight: known, gain, and for each field gain and freshness
     for d in range(n_domains):
+        balanced[0, d] = source * average[0, d] + target * average[1, d]
         if known[d]:
             sums[0] += fixed(weights[d])
-            sums[1] += fixed(weights[d] * (source * average[0, d] + target * average[1, d]))
+            sums[1] += fixed(weights[d] * balanced[0, d])
             for f in range(2):
                 sums[2 + f] += fixed(weights[d] * average[f, d])
                 sums[4 + f] += fixed(weights[d] * fresh[f, d])
     if sums[0] == 0:
         return
     mean = sums[1] / sums[0]
+    scale_balanced = max(_scale(balanced, known, prior, fields), 1e-6 * scale_average)
     spread, certainty = 0, 0
     for d in range(n_domains):
         if not known[d]:
@@ -248,7 +254,7 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
         fade = min(fresh[0, d], fresh[1, d])
         fade = fade if fade > 0 else max(fresh[0, d], fresh[1, d])
         gain = source * newest[0, d] + target * newest[1, d]
-        gain_average = source * average[0, d] + target * average[1, d]
+        gain_average = balanced[0, d]
         advantage = gain_average - mean
         error = np.sqrt((source * state[1, 0, d]) ** 2 + (target * state[1, 1, d]) ** 2) / largest
         error = max(error, 1e-3 * scale)
@@ -262,6 +268,7 @@ def _write_influence(state, weights, prior, fields, preference, budget, out_doma
         row[_INFLUENCE + 5] = fade * np.arcsinh(advantage / scale_average)
         row[_INFLUENCE + 6] = fade * np.arcsinh(gain / error)
         row[_INFLUENCE + 7] = fade * signal
+        row[_INFLUENCE + 8] = fade * np.arcsinh(advantage / scale_balanced)
         spread += fixed(weights[d] * advantage**2)
         certainty += fixed(weights[d] * (fade * signal) ** 2)
     freshest = 0.0

@@ -117,7 +117,7 @@ class HistoryNetwork(nn.Module):
 
         domain: float32 [B, T, D, P], all features; run: [B, T, G]; weights: [B, T, D] in force, zero where padded or
         not there; prior: [B, D]; mask: bool [B, T, D], domains that are there at a moment; time: [B, T], tokens read
-        as a part of the budget, ascending.
+        as a part of the budget, ascending. Moments that pad a shorter run have no domain on `mask`.
         """
         own, common = domain[..., self.domain_columns], run[:, :, None, self.run_columns]
         x = torch.cat([own, common.expand(-1, -1, domain.shape[2], -1)], dim=-1)
