@@ -9,7 +9,7 @@ from agent_runs import Run, make_table, measured, noisy_losses
 
 from mixloader.agent.action import soft_step
 from mixloader.agent.critic import Critic
-from mixloader.agent.feature_maker import FeatureMaker
+from mixloader.agent.feature_maker import features_of
 from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES, N_DOMAIN, N_GLOBAL, OF_SIGNALS
 from mixloader.agent.network import SetNetwork, forward, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
@@ -131,13 +131,14 @@ def test_the_transformer_looks_back_and_never_ahead(history):
 
 
 def test_decisions_with_the_transformer_are_those_of_the_whole_run_at_once(saved):
-    """What is fitted, on a run from begin to end, is what decides, step by step, but for half precision."""
+    """What is fitted, on a run from begin to end, is what decides, step by step, but for half precision.
+
+    In the middle of the run, a domain is out of the mixture.
+    """
     table, paths = make_table(5, 2), noisy_losses(5, 40, 2)
     network = HistoryNetwork.load(saved)
     run = Run(table, 40, lambda p: paths[round(p * 40)], parameters=saved)
-    maker = FeatureMaker()
-    maker.reset(table, 0.5)
-    seen, numbers = [], []
+    observations, numbers = [], []
     real = run.agent._history.answer
 
     def answer(*args):
@@ -146,15 +147,19 @@ def test_decisions_with_the_transformer_are_those_of_the_whole_run_at_once(saved
 
     run.agent._history.answer = answer
     for i in range(30):
-        observation = run.observe(**measured(feedback={"target": 3 - 0.02 * i}))
-        domain, common = maker.see(observation)
-        seen.append((domain, common, observation.weights, observation.tokens / maker.budget))
-        run.weights = run.agent.decide(observation)
+        if i in (10, 20):
+            run.weights = np.where(np.arange(5) == 3, 0.0, table.prior) if i == 10 else table.prior
+        observations.append(run.observe(**measured(feedback={"target": 3 - 0.02 * i})))
+        run.weights = run.agent.decide(observations[-1])
+    seen = features_of(table, observations, 0.5)
+    assert seen.active[:, 3].sum() == 20
+    np.testing.assert_allclose(seen.prior.sum(1), 1)
     domain, common, weights, time = (
-        torch.from_numpy(np.array(v, dtype=np.float32))[None] for v in zip(*seen, strict=True)
+        torch.from_numpy(values.astype(np.float32))[None] for values in (seen.domain, seen.run, seen.weights, seen.time)
     )
-    whole = network(domain, common, weights, torch.from_numpy(table.prior).float()[None], weights > 0, time)
-    np.testing.assert_allclose(whole[0], np.array(numbers), atol=0.01)
+    prior, active = torch.from_numpy(table.prior).float()[None], torch.from_numpy(seen.active)[None]
+    whole = network(domain, common, weights, prior, active, time)[0].detach().numpy()
+    np.testing.assert_allclose(whole[seen.active], np.array(numbers)[seen.active], atol=0.01)
     assert np.abs(np.log(run.weights / table.prior)).max() > 0.1
 
 

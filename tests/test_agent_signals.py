@@ -308,6 +308,33 @@ def test_permuting_the_domains_permutes_the_weights_bit_for_bit(weights, n_domai
         np.testing.assert_array_equal(other.advance(1), run.advance(1)[order])
 
 
+def test_two_halves_of_a_domain_get_about_what_the_whole_gets(weights):
+    table, signals, paths = make_table(8, 12), planted(8, 12), noisy_losses(8, 60, 3)
+    twice = [*range(8), 7]
+    half = np.array([1] * 7 + [2] * 2)
+    split = DomainTable(
+        (*table.names, "half"), tuple(table.fields[i] for i in twice), (None,) * 9,
+        table.tokens[twice] // half, table.prior[twice] / half,
+    )  # fmt: skip
+
+    def of_halves(p):
+        told = signals(p, twice)
+        same = {"half": told["feedback"]["d7"]} if "d7" in told["feedback"] else {}
+        return told | {"feedback": told["feedback"] | same}
+
+    whole = Run(table, 60, lambda p: paths[round(p * 60)], signals=signals, parameters=weights)
+    halves = Run(split, 60, lambda p: paths[round(p * 60)][twice], signals=of_halves, parameters=weights)
+    apart, gone = [], []
+    for _ in range(30):
+        a, b = whole.advance(1), halves.advance(1)
+        np.testing.assert_allclose(b[7], b[8], rtol=1e-9)
+        apart.append(np.abs(np.append(b[:7], b[7] + b[8]) - a).sum() / 2)
+        gone.append(np.abs(a - table.prior).sum() / 2)
+    # Not exact: counts of domains, and means over those of a field, are features, too.
+    assert max(gone) > 0.2
+    assert max(apart) < 0.25 * max(gone)
+
+
 def test_signals_move_the_weights_and_can_be_turned_off(weights):
     """The ablations: with a signal off, the path is bit for bit that of a run in which it never came."""
     table, signals = make_table(6, 1), planted(6, 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,45 @@ from mixloader.policies.set_network import from_text, to_text
 
 _COLUMNS = {"source": 0, "target": 1}
 _NEVER = -2  # what is told before the first step is told after step -1
+
+
+class Features(NamedTuple):
+    """What the agent sees at each of T decisions of a run on D domains.
+
+    domain: float32 [T, D, P]; run: float32 [T, G]; active: bool [T, D], domains that can be traded, others are 0
+    everywhere; weights, prior: float64 [T, D], sums of 1 over the active ones; limit: float64 [T], bounds of the
+    decisions (action.bound); time: float64 [T], tokens read as a part of the budget.
+    """
+
+    domain: np.ndarray
+    run: np.ndarray
+    active: np.ndarray
+    weights: np.ndarray
+    prior: np.ndarray
+    limit: np.ndarray
+    time: np.ndarray
+
+
+def features_of(
+    domains: DomainTable,
+    observations: Iterable[Observation],
+    preference: float,
+    model_size: float | None = None,
+    *,
+    influence: bool = True,
+    feedback: bool = True,
+) -> Features:
+    """The features of a whole run, for fitting. influence, feedback: False leaves that signal out."""
+    maker = FeatureMaker(influence, feedback)
+    maker.reset(domains, preference, model_size)
+    rows = []
+    for observation in observations:
+        domain, run = maker.see(observation)
+        weights, prior = np.zeros((2, len(domains)))
+        if maker.active.sum() > 1:
+            weights[maker.active], prior[maker.active] = maker.weights, maker.prior
+        rows.append((domain, run, maker.active, weights, prior, maker.limit, observation.tokens / maker.budget))
+    return Features(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 class FeatureMaker:
