@@ -8,7 +8,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from mixloader.agent.network import SetNetwork, save_parameters
+from mixloader.agent.transformer import LONGEST, HistoryNetwork
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies import make_policy, policy_names
 
@@ -92,6 +95,42 @@ def test_decide(benchmark, name, n_domains):
     weights = benchmark.pedantic(policy.decide, setup=lambda: ((next(following),), {}), rounds=rounds)
     assert abs(weights.sum() - 1) < 1e-9
     if n_domains == 64 and name not in NOT_BOUND:
+        assert benchmark.stats.stats.median <= BUDGET_S
+
+
+@pytest.mark.parametrize("kind", ["set", "transformer"])
+@pytest.mark.parametrize("n_domains", [n for n in DOMAINS if n <= 512])
+def test_agent_with_all_signals(benchmark, tmp_path, kind, n_domains):
+    """The agent with weights that read influence and feedback, of as many units as it would ship with.
+
+    Every domain and field is told anew at each tenth decision. The Transformer, with a full history, is reported.
+    """
+    torch.manual_seed(0)
+    path = tmp_path / "agent.safetensors"
+    network = SetNetwork(hidden=64) if kind == "set" else HistoryNetwork()
+    network.low.fill_(-8)
+    network.high.fill_(25)
+    if isinstance(network, SetNetwork):
+        save_parameters(network.parameters_as_arrays(), path)
+    else:
+        network.save(path)
+    table, observations = _observations(n_domains)
+    told = [
+        {
+            name: Signal(np.array(2.0), np.array(1), np.array(1 + 16 * age))
+            for name in (*table.names, "source", "target")
+        }
+        for age in range(10)
+    ]
+    observations = [dataclasses.replace(o, feedback=told[i % 10]) for i, o in enumerate(observations)]
+    policy = make_policy("agent", parameters=path, model_size=1e8)
+    policy.reset(table)
+    for observation in observations[: -(-LONGEST // 2) + WARM]:
+        policy.decide(observation)
+    following = iter(observations[-(-LONGEST // 2) + WARM :])
+    rounds = ROUNDS - LONGEST if kind == "set" else 10
+    benchmark.pedantic(policy.decide, setup=lambda: ((next(following),), {}), rounds=rounds)
+    if n_domains == 64 and kind == "set":
         assert benchmark.stats.stats.median <= BUDGET_S
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from mixloader.errors import MixLoaderError
 from mixloader.observation import DomainTable, Observation
 from mixloader.policies import Policy
+from mixloader.policies.base import change_domains
 
 
 class TimedPolicy:
@@ -29,6 +30,10 @@ class TimedPolicy:
     def reset(self, domains: DomainTable) -> np.ndarray | None:
         self._check_idle()
         return self.policy.reset(domains)
+
+    def extend(self, domains: DomainTable) -> np.ndarray | None:
+        self._check_idle()
+        return change_domains(self.policy, domains)
 
     def decide(self, observation: Observation) -> np.ndarray | None:
         if not self._join():

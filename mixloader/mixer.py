@@ -24,6 +24,7 @@ from mixloader.loader import MixLoader
 from mixloader.mixture import as_fractions, as_weights, quantize, without
 from mixloader.objective import Objective
 from mixloader.policies import Policy, make_policy
+from mixloader.policies.base import change_domains
 from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
@@ -104,7 +105,7 @@ class Mixer:
         )
         self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, record_detail)
         self._objective = Objective(loader.units, self.stats.device) if act == "objective" else None
-        self._reset_policy()
+        self._reset_policy(self._decider.policy.reset(loader.table))
         self._after_reset = stream = loader.state_dict()
         self._next = stream["step"]  # the plan step that the next step() ends
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
@@ -203,9 +204,10 @@ class Mixer:
         return self._next
 
     def add_domain(self, name: str, data: Any, weight: float = 0.0) -> None:
-        """As MixLoader.add_domain, between step() and the next batch. The policy is reset with the new table.
+        """As MixLoader.add_domain, between step() and the next batch.
 
-        `stats` is a new object from here on, with a row for the new domain.
+        The policy goes on with the new table: it forgets what it saw, unless it can do better, as the agent can
+        (policies.base.change_domains). `stats` is a new object from here on, with a row for the new domain.
         """
         self._change_domains(lambda: self.loader.add_domain(name, data, weight))
 
@@ -335,10 +337,9 @@ class Mixer:
                 self._in_force = decision.units.tolist()
         self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
 
-    def _reset_policy(self) -> None:
-        """Begin with the table of domains as it is, and with the weights that the policy wants for it."""
+    def _reset_policy(self, weights: np.ndarray | None) -> None:
+        """Begin with the table of domains as it is, and with the weights that the policy wants for it, if any."""
         loader = self.loader
-        weights = self._decider.policy.reset(loader.table)
         before = loader.units if self._objective is None else self._objective.units
         if weights is None and self._decider.guards is None:
             return
@@ -359,7 +360,7 @@ class Mixer:
             removed = np.array([name in loader.removed for name in loader.names])
             self._objective.grow(loader.units, removed)
         self._decider.change_domains(loader.table, loader.removed, loader.windows)
-        self._reset_policy()
+        self._reset_policy(change_domains(self._decider.policy, loader.table))
         more = len(loader.names) - len(self._in_force)
         old = self.stats
         self.stats = DomainStats(

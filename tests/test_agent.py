@@ -9,74 +9,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from agent_runs import Run, make_table, noisy_losses, permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from mixloader.agent.action import LARGEST, RATE, project
+from mixloader.agent.action import LARGEST, RATE, act, project
 from mixloader.agent.compiled import compiled
-from mixloader.agent.features import DOMAIN_FEATURES, N_DOMAIN, N_GLOBAL, field_codes, make_features, new_state
-from mixloader.agent.network import SetNetwork, forward, load_parameters, parameter_shapes
+from mixloader.agent.features import DOMAIN_FEATURES, N_DOMAIN, N_GLOBAL, field_codes, make_features
+from mixloader.agent.memory import new_state, update_state
+from mixloader.agent.network import SetNetwork, forward, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
 from mixloader.errors import ConfigError, StateError
-from mixloader.observation import DomainTable, Observation, Signal
-
-
-def make_table(n_domains, seed=0):
-    rng = np.random.default_rng(seed)
-    kinds = ["source", "target", *rng.choice(["source", "target", None], n_domains - 2, p=[0.5, 0.3, 0.2])]
-    tokens = (1e5 * np.exp(rng.normal(0, 0.7, n_domains))).astype(np.int64)
-    names = tuple(f"d{i}" for i in range(n_domains))
-    return DomainTable(names, tuple(kinds), (None,) * n_domains, tokens, tokens / tokens.sum())
-
-
-def permuted(table, order):
-    pick = [int(i) for i in order]
-    return DomainTable(
-        tuple(table.names[i] for i in pick), tuple(table.fields[i] for i in pick), (None,) * len(pick),
-        table.tokens[order], table.prior[order],
-    )  # fmt: skip
-
-
-class Run:
-    """A run without a model: losses are a given function of (domain, progress), plus noise; closes the agent's loop."""
-
-    def __init__(self, table, steps=60, losses=None, seed=0, every=1, **options):
-        self.table, self.steps, self.every = table, steps, every
-        self.agent = Agent(**options)
-        self.agent.reset(table)
-        self.weights = table.prior.copy()
-        self.seen = np.zeros(len(table), dtype=np.int64)
-        self.step_tokens = 500_000 // steps
-        noise = np.random.default_rng(seed).normal(0, 0.1, (steps, len(table)))
-        self.losses = losses or (lambda p: 3.0 - 0.5 * p + noise[min(int(p * steps), steps - 1)])
-        self.done = 0
-
-    def observe(self, **changes):
-        since = self.step_tokens * self.every
-        count = np.floor(self.weights * since).astype(np.int64)
-        self.seen = self.seen + count
-        self.done += self.every
-        progress = self.done / self.steps
-        age = np.where(count > 0, 0, -1)
-        loss = np.where(count > 0, np.broadcast_to(self.losses(progress), count.shape), np.nan)
-        observation = Observation(
-            step=self.done - 1, effect_step=self.done + 1, tokens=self.done * self.step_tokens, tokens_since=since,
-            progress=progress, weights=self.weights, seen=self.seen, epochs=self.seen / self.table.tokens,
-            loss=Signal(loss, count, age), loss_std=np.where(count > 0, 2.4, np.nan),
-        )  # fmt: skip
-        return replace(observation, **changes)
-
-    def advance(self, decisions, **changes):
-        for _ in range(decisions):
-            self.weights = self.agent.decide(self.observe(**changes))
-        return self.weights
-
-
-def noisy_losses(n_domains, steps, seed):
-    rng = np.random.default_rng(seed)
-    paths = rng.uniform(2, 4, n_domains) + np.cumsum(rng.normal(-0.01, 0.08, (steps + 1, n_domains)), axis=0)
-    return paths
+from mixloader.observation import DomainTable
 
 
 @settings(deadline=None, max_examples=20)
@@ -169,7 +114,9 @@ def test_no_losses_at_all_still_gives_weights():
     table = make_table(5)
     run = Run(table, 20, lambda p: np.nan)
     assert np.isfinite(run.advance(15)).all()
-    assert run.agent.state_dict() == {"averages": new_state(5).tolist()}
+    fresh = Agent()
+    fresh.reset(table)
+    assert run.agent.state_dict() == fresh.state_dict()
 
 
 def test_state_round_trip_through_json_is_bitwise_exact():
@@ -191,7 +138,7 @@ def test_state_of_another_run_is_refused():
     agent.reset(make_table(4))
     state = agent.state_dict()
     agent.reset(make_table(5))
-    with pytest.raises(StateError, match=r"shape \[11, 4\]; expected \[11, 5\]"):
+    with pytest.raises(StateError, match=r"this run of 5 domains"):
         agent.load_state_dict(state)
 
 
@@ -279,12 +226,10 @@ def test_domains_set_to_zero_stay_at_zero_and_the_rest_share_what_is_left():
 def test_numba_and_torch_agree():
     rng = np.random.default_rng(0)
     parameters = load_parameters(SHIPPED)
-    network = SetNetwork()
-    network.load_state_dict({name: torch.from_numpy(value) for name, value in parameters._asdict().items()})
+    network = SetNetwork.of(parameters)
     for n_domains in (1, 2, 7, 100):
-        low, high = parameters.low, parameters.high
-        features = rng.uniform(low - 0.2, high + 0.2, (n_domains, len(low))).astype(np.float32)
-        domain, run = np.ascontiguousarray(features[:, :N_DOMAIN]), features[0, N_DOMAIN:].copy()
+        domain = rng.normal(0, 1.5, (n_domains, N_DOMAIN)).astype(np.float32)
+        run = rng.normal(0, 1.5, N_GLOBAL).astype(np.float32)
         weights, prior = rng.dirichlet(np.ones(n_domains), 2)
         ours = forward(domain, run, weights, prior, parameters)
         # Padding must not matter to the torch network.
@@ -301,7 +246,18 @@ def test_missing_losses_leave_their_features_at_zero():
     one = np.full(2, 0.5)
     zero = np.zeros(2, dtype=np.int64)
     domain, run = make_features(
-        new_state(2), one, one, zero + 5, zero, zero * 0.0, field_codes(("source", None)), float("nan"), 0.3, 10.0, 20.0
+        new_state(2),
+        one,
+        one,
+        zero + 5,
+        zero,
+        zero * 0.0,
+        field_codes(("source", None)),
+        float("nan"),
+        0.3,
+        10.0,
+        20.0,
+        float("nan"),
     )
     loss_features = slice(DOMAIN_FEATURES.index("excess_first"), None)
     np.testing.assert_array_equal(domain[:, loss_features], 0)
@@ -323,13 +279,17 @@ def test_compiles_without_a_place_for_the_cache(monkeypatch):
 
 def test_decisions_do_not_compile():
     """All is compiled at construction, for any number of domains and for read-only arrays."""
-    run = Run(make_table(9))
-    compiled_before = len(forward.signatures), len(make_features.signatures)
+    functions = (update_state, make_features, forward, act)
+    run = Run(make_table(9), signals=lambda p: {"influence": np.ones((9, 2)), "feedback": {"d1": 2.0, "source": 3.0}})
+    compiled_before = [len(function.signatures) for function in functions]
     observation = run.observe()
-    for array in (observation.loss.value, observation.weights, observation.seen):
+    for array in (observation.loss.value, observation.weights, observation.seen, observation.influence.value):
         array.setflags(write=False)
     run.agent.decide(observation)
-    assert (len(forward.signatures), len(make_features.signatures)) == compiled_before == (1, 1)
+    run.weights = np.array([0, 0, 0.3, 0.3, 0.4, 0, 0, 0, 0])
+    run.advance(1)
+    assert [len(function.signatures) for function in functions] == compiled_before
+    assert all(compiled_before)
 
 
 def test_the_shipped_weights_are_the_network_s():
@@ -337,23 +297,21 @@ def test_the_shipped_weights_are_the_network_s():
     assert SHIPPED.stat().st_size < 300_000
     digest = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     assert digest in SHIPPED.with_name("CARD.md").read_text(), "CARD.md describes other weights than those beside it"
-    assert {name: value.shape for name, value in parameters._asdict().items()} == parameter_shapes()
+    assert parameters.features[:3] == ["source", "target", "log_relative_weight"]
     assert all(np.isfinite(value).all() for value in parameters)
     assert (parameters.low <= parameters.high).all()
     assert (parameters.scale > 0).all()
 
 
 def test_weights_that_are_not_the_agent_s_are_refused(tmp_path):
-    from safetensors.numpy import save_file
-
     with pytest.raises(StateError, match=r"fit"):
         Agent(parameters=tmp_path / "none.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"not tensors")
     with pytest.raises(StateError, match="cannot read"):
         Agent(parameters=broken)
-    tensors = {**load_parameters(SHIPPED)._asdict(), "head_bias": np.zeros(2, dtype=np.float32)}
-    save_file(tensors, broken)
+    shipped = load_parameters(SHIPPED)
+    save_parameters(shipped._replace(head_bias=np.zeros(2, dtype=np.float32)), broken)
     with pytest.raises(StateError, match="'head_bias' of shape \\(2,\\); expected \\(1,\\)"):
         Agent(parameters=broken)
 

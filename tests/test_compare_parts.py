@@ -250,7 +250,7 @@ def test_the_agents_digest_has_its_features_and_its_parameters(monkeypatch, tmp_
 
     plain = source_digest(Agent)
     path, definitions = sources._definitions("mixloader.agent.features")
-    changed = {**definitions, "make_features": definitions["update_state"]}
+    changed = {**definitions, "make_features": definitions["_write_domain"]}
     real = sources._definitions
     monkeypatch.setattr(
         sources, "_definitions", lambda m: (path, changed) if m == "mixloader.agent.features" else real(m)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from agent_runs import save_random
 from corpora import tagged_domains
 from influence_run import small_model
 from mixing import RandomWalk, Told, assert_same_batches, kill
@@ -12,6 +13,9 @@ from test_trainer import assert_same_run, train_until
 from tiny_run import tiny_config, tiny_data
 
 from mixloader import Influence, Manifest, Mixer, MixLoader, domain_cross_entropy, read_record
+from mixloader.agent.network import SetNetwork
+from mixloader.agent.policy import Agent
+from mixloader.agent.transformer import HistoryNetwork
 from mixloader.config import ModelConfig
 from mixloader.errors import ConfigError, RecordError, StateError
 from mixloader.policies import register
@@ -112,19 +116,36 @@ def test_data_without_fields_or_held_out_tokens_are_refused(tmp_path):
         Mixer(loader, "natural", influence=Influence(small_model()))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 7])
-def test_a_resumed_run_is_the_same_run(data, tmp_path, stop):
-    def begin(model, path, policy):
-        return Mixer(loader, policy, record=path, lag=1, influence=new_influence(model))
+@pytest.mark.parametrize(
+    ("stop", "policy"), [(1, "walk"), (3, "walk"), (4, "walk"), (7, "walk"), (7, "set"), (7, "transformer")]
+)
+def test_a_resumed_run_is_the_same_run(data, tmp_path, stop, policy):
+    if policy != "walk":
+        network = {"set": SetNetwork, "transformer": HistoryNetwork}[policy](hidden=8)
+        weights = save_random(tmp_path / "weights.safetensors", network)
+
+    def begin(model, path):
+        made = Walk() if policy == "walk" else Agent(parameters=weights)
+        return Mixer(loader, made, record=path, lag=1, influence=new_influence(model))
+
+    def first_step(loader, mixer, model):
+        batches = run(loader, mixer, model, 1)
+        mixer.feedback({"target": 4.0, "prose": 3.5})
+        return batches
 
     model = new_model()
-    with open_loader(data) as loader, begin(model, tmp_path / "whole.jsonl", Walk()) as mixer:
-        whole = run(loader, mixer, model, 10)
+    with open_loader(data) as loader, begin(model, tmp_path / "whole.jsonl") as mixer:
+        whole = first_step(loader, mixer, model) + run(loader, mixer, model, 10)
         state, tensors = mixer.state_dict(), mixer.influence.state_dict()
+        if policy != "walk":
+            known = mixer.policy._maker.state
+            assert np.isfinite(known.influence).all(), "it is told of influence, though it could do without"
+            assert np.isfinite(known.feedback[4]).sum() == 2
 
     model = new_model()
     with open_loader(data) as loader:
-        mixer = begin(model, tmp_path / "parts.jsonl", Walk())
+        mixer = begin(model, tmp_path / "parts.jsonl")
+        first_step(loader, mixer, model)
         run(loader, mixer, model, stop)
         saved = json.loads(json.dumps({"loader": loader.state_dict(), "mixer": mixer.state_dict()}, allow_nan=False))
         saved_tensors, parameters = mixer.influence.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
@@ -133,7 +154,7 @@ def test_a_resumed_run_is_the_same_run(data, tmp_path, stop):
 
     model = new_model()
     model.load_state_dict(parameters)
-    with open_loader(data) as loader, begin(model, tmp_path / "parts.jsonl", Walk()) as mixer:
+    with open_loader(data) as loader, begin(model, tmp_path / "parts.jsonl") as mixer:
         loader.load_state_dict(saved["loader"])
         mixer.load_state_dict(saved["mixer"])
         mixer.influence.load_state_dict(saved_tensors)

@@ -133,8 +133,7 @@ def test_the_policy_and_the_two_rollouts_take_the_same_path():
     """Agent.decide on Observations, its compiled parts in a batch, and the torch network that is fitted."""
     drawn = Episodes.draw(8, np.random.default_rng(3))
     parameters = load_parameters(SHIPPED)
-    network = SetNetwork()
-    network.load_state_dict({name: torch.from_numpy(value) for name, value in parameters._asdict().items()})
+    network = SetNetwork.of(parameters)
 
     paths = {}
     for name, inner in (("compiled", by_parameters(parameters)), ("torch", by_network(network, []))):

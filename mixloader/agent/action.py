@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixloader.agent.compiled import FIXED_ONE, compiled, fixed
+from mixloader.agent.features import GLOBAL_FEATURES
 
 RATE = 24.0
 """Largest change of a log weight over a whole run; 1/24 of the run may change it by 1."""
@@ -26,6 +27,8 @@ CAP = 0.95
 
 MARGIN = 0.5
 """A feature is strange when it lies outside its training range by more than this part of the range's width."""
+
+_SIZE = GLOBAL_FEATURES.index("log_size")
 
 
 @compiled
@@ -73,7 +76,8 @@ def project(weights, prior, floor, cap):
 @compiled
 def _strange(value, low, high):
     margin = MARGIN * (high - low) + 0.1
-    return not (low - margin <= value <= high + margin)  # a NaN is strange
+    # A missing signal leaves a feature at 0, which is nothing strange.
+    return value != 0 and not (low - margin <= value <= high + margin)  # a NaN is strange
 
 
 @compiled
@@ -81,17 +85,20 @@ def act(u, domain, run, weights, prior, limit, floor, cap, p):
     """The next weights, float64 [D], from the network's output u, float32 [D].
 
     A domain with a strange feature is led back to its prior weight by the same bounded steps instead of being
-    led by the network; all of them are if a feature of the run is strange.
+    led by the network; all of them are if a feature of the run is strange. A larger model than those of training is
+    not: that is what the agent is for.
     """
-    n_domains, split = domain.shape
+    n_domains, split = len(domain), len(p.domain_columns)
     run_strange = False
-    for i in range(len(run)):
-        run_strange = run_strange or _strange(run[i], p.low[split + i], p.high[split + i])
+    for i in range(len(p.run_columns)):
+        column = p.run_columns[i]
+        if column != _SIZE:
+            run_strange = run_strange or _strange(run[column], p.low[split + i], p.high[split + i])
     moved = np.empty(n_domains)
     for d in range(n_domains):
         strange = run_strange
         for i in range(split):
-            strange = strange or _strange(domain[d, i], p.low[i], p.high[i])
+            strange = strange or _strange(domain[d, p.domain_columns[i]], p.low[i], p.high[i])
         if strange:
             moved[d] = weights[d] * np.exp(min(max(np.log(prior[d] / weights[d]), -limit), limit))
         else:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES, SOURCE, TARGET
-from mixloader.agent.network import Parameters, SetNetwork
+from mixloader.agent.features import SOURCE, TARGET
+from mixloader.agent.network import Parameters, SetNetwork, save_parameters
 from mixloader.agent.policy import SHIPPED
 from mixloader.agent.rollout import by_network, by_parameters, by_random_walk, play
 from mixloader.agent.simulator import Episodes, Simulator
@@ -47,7 +47,10 @@ def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: in
             return walk(watcher, weights)
 
         play(Episodes.draw(episodes, rng), steps, record, rng)
-    columns = [*np.concatenate(domain).T, *np.concatenate(run).T]
+    columns = [
+        *np.concatenate(domain)[:, network.domain_columns.numpy()].T,
+        *np.concatenate(run)[:, network.run_columns.numpy()].T,
+    ]
     bounds = np.array([np.quantile(column, (0.001, 0.999)) for column in columns])
     network.low.copy_(torch.from_numpy(bounds[:, 0]))
     network.high.copy_(torch.from_numpy(bounds[:, 1]))
@@ -77,21 +80,6 @@ def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch:
         progress.set_postfix(score=f"{mean:.4f}", refresh=False)
 
 
-def parameters_of(network: SetNetwork) -> Parameters:
-    """The network's tensors as arrays for the compiled forward pass."""
-    return Parameters(**{name: tensor.detach().numpy().copy() for name, tensor in network.state_dict().items()})
-
-
-def save(parameters: Parameters, path: Path, **made_with: int) -> None:
-    """Write a file of weights (safetensors), with the features and how it was made as JSON in its metadata."""
-    from safetensors.numpy import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One key: safetensors writes several in random order, and the same fit should give the same bytes.
-    described = json.dumps({"features": [*DOMAIN_FEATURES, *GLOBAL_FEATURES], "fit": made_with})
-    save_file(parameters._asdict(), path, metadata={"mixloader": described})
-
-
 def fit(seed: int, iterations: int, batch: int) -> Parameters:
     """Parameters from scratch. Deterministic on one kind of machine: one thread, all randomness from `seed`."""
     torch.set_num_threads(1)
@@ -100,7 +88,7 @@ def fit(seed: int, iterations: int, batch: int) -> Parameters:
     network = SetNetwork()
     measure_features(network, rng, episodes=2 * batch)
     train(network, rng, iterations, batch)
-    return parameters_of(network)
+    return network.parameters_as_arrays()
 
 
 def half_and_half(episodes: Episodes, source: float = 0.5) -> Tensor:
@@ -185,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     begun = time.perf_counter()
     parameters = fit(args.seed, args.iterations, args.batch)
-    save(parameters, args.out, seed=args.seed, iterations=args.iterations, batch=args.batch)
+    save_parameters(parameters, args.out, seed=args.seed, iterations=args.iterations, batch=args.batch)
     scores = evaluate(parameters, seed=args.seed + 1_000_003, count=args.held_out) if args.held_out else {}
     print(json.dumps({"seconds": round(time.perf_counter() - begun), "held_out": scores}, indent=1))
     return 0

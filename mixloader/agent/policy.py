@@ -1,4 +1,4 @@
-"""The learned policy: reads the losses of the domains, moves their weights. Set it with `policy="agent"`."""
+"""The learned policy: reads what is measured of the domains, moves their weights. Set it with `policy="agent"`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mixloader.agent.action import CAP, FLOOR, act, bound
-from mixloader.agent.features import field_codes, make_features, new_state, update_state
-from mixloader.agent.network import Parameters, forward, load_parameters
+from mixloader.agent.action import CAP, FLOOR, act
+from mixloader.agent.feature_maker import FeatureMaker
+from mixloader.agent.features import OF_SIGNALS
+from mixloader.agent.network import Parameters, forward, load_parameters, read_tensors
+from mixloader.agent.transformer import KIND, History, HistoryNetwork, Ranges
 from mixloader.errors import ConfigError, StateError
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies.base import register
@@ -21,13 +23,19 @@ SHIPPED = Path(__file__).with_name("agent.safetensors")
 
 @register("agent")
 class Agent:
-    """Balances keeping the source field with learning the target field, from training losses alone.
+    """Balances keeping the source field with learning the target field.
+
+    It reads training losses; influence of the domains on the fields and feedback of evaluations where they come, as far
+    as its weights know these signals (`uses`).
 
     preference: the weight on keeping the source field, in [0, 1] (the lambda of the score
         lambda * mean source improvement + (1 - lambda) * mean target improvement).
     floor: every domain keeps at least this part of its prior weight. cap: no domain gets more than this, or than
         its prior weight where that is larger.
-    parameters: another file of weights than the shipped one.
+    parameters: another file of weights than the shipped one; what it says of itself decides which network it is for,
+        that of network.py or that of transformer.py.
+    model_size: number of parameters of the model that is trained, if it shall be known.
+    influence, feedback: False ignores that signal where it comes.
 
     Domains whose weight or prior is zero keep the weight they have. What is far from the agent's training
     is led back to the prior (see `action.act`). Without a token budget it takes the run to be half done.
@@ -36,15 +44,37 @@ class Agent:
     needs: frozenset[str] = frozenset({"loss"})
 
     def __init__(
-        self, preference: float = 0.5, floor: float = FLOOR, cap: float = CAP, parameters: str | Path | None = None
+        self,
+        preference: float = 0.5,
+        floor: float = FLOOR,
+        cap: float = CAP,
+        parameters: str | Path | None = None,
+        model_size: float | None = None,
+        influence: bool = True,
+        feedback: bool = True,
     ):
         for name, value in (("preference", preference), ("floor", floor), ("cap", cap)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"the agent's {name} is {value}; expected a number from 0 to 1")
         if floor >= 1 or cap < 0.5:
             raise ConfigError(f"floor {floor} and cap {cap} leave no room; expected floor < 1 and cap >= 0.5")
+        if model_size is not None and not 1 <= model_size < math.inf:
+            raise ConfigError(f"the agent's model_size is {model_size}; expected the number of parameters, or None")
         self.preference, self.floor, self.cap = float(preference), float(floor), float(cap)
-        self._parameters: Parameters = load_parameters(Path(parameters) if parameters else SHIPPED)
+        self.model_size = model_size
+        path = Path(parameters) if parameters else SHIPPED
+        self._network: Parameters | HistoryNetwork
+        self._ranges: Parameters | Ranges  # what `act` asks of the network
+        if read_tensors(path)[1].get("network") == KIND:
+            self._network = HistoryNetwork.load(path)
+            self._ranges = self._network.ranges
+        else:
+            self._network = self._ranges = load_parameters(path)
+        known = set(self._network.features)
+        wanted = {"influence": influence, "feedback": feedback}
+        self.uses = frozenset(name for name, of in OF_SIGNALS.items() if wanted[name] and known.intersection(of))
+        """Signals that it does without, but decides better with."""
+        self._maker = FeatureMaker("influence" in self.uses, "feedback" in self.uses)
         self._compile()
 
     def _compile(self) -> None:
@@ -56,59 +86,63 @@ class Agent:
 
     def reset(self, domains: DomainTable) -> np.ndarray | None:
         """Forget everything seen; the run begins at the prior. Raises ConfigError if no domain has a field."""
-        fields = field_codes(domains.fields)
-        if not fields.any():
+        if not any(field in ("source", "target") for field in domains.fields):
             raise ConfigError(
                 "policy 'agent' needs to know what to keep and what to learn, but no domain has a field; mark domains "
                 'with "field": "source" or "target" in the manifest, or use another policy'
             )
-        self._fields = fields
-        self._tokens = np.array(domains.tokens, dtype=np.int64)
-        self._prior = np.array(domains.prior, dtype=np.float64)
-        self._state = new_state(len(domains))
+        self._maker.reset(domains, self.preference, self.model_size)
+        self._history = History(self._network, len(domains)) if isinstance(self._network, HistoryNetwork) else None
+        return None
+
+    def extend(self, domains: DomainTable) -> np.ndarray | None:
+        """Go on with more domains at the end of the table, or another prior; nothing seen is forgotten.
+
+        Raises StateError if it is another table.
+        """
+        before = self._maker.table.names
+        if domains.names[: len(before)] != before:
+            raise StateError(
+                f"the agent cannot go on with domains {', '.join(domains.names)} after {', '.join(before)}; expected "
+                "these and more at the end"
+            )
+        self._maker.extend(domains)
+        if self._history is not None:
+            self._history.extend(len(domains))
         return None
 
     def decide(self, observation: Observation) -> np.ndarray | None:
         """The next mixture, float64 [D]; None while nothing was read or no two domains can be traded."""
         if observation.tokens_since <= 0:
             return None
-        loss = observation.loss
-        fresh = (loss.age == 0) & (loss.count > 0)
-        # Without a budget the run is always half done: bounds and horizons then scale with its length so far.
-        progress = min(observation.progress, 1.0) if observation.progress > 0 else math.nan
-        budget = observation.tokens / (0.5 if math.isnan(progress) else progress)
-        since = float(observation.tokens_since)
-        # Copies: numba would compile anew for read-only or strided arrays.
-        value, std = np.where(fresh, loss.value, math.nan), np.where(fresh, observation.loss_std, math.nan)
-        update_state(self._state, value, std, np.where(fresh, loss.count, 0), since, budget)
-
-        active = (observation.weights > 0) & (self._prior > 0)
+        maker = self._maker
+        domain, run = maker.see(observation)
+        active = maker.active
         if active.sum() < 2:
             return None
-        share = math.fsum(observation.weights[active])  # exact, so not a matter of the domains' order
-        weights = observation.weights[active] / share
-        prior = self._prior[active] / math.fsum(self._prior[active])
-        state = np.ascontiguousarray(self._state[:, active])
-        domain, run = make_features(
-            state, weights, prior, self._tokens[active], observation.seen[active], observation.epochs[active],
-            self._fields[active], progress, self.preference, float(observation.tokens), budget,
-        )  # fmt: skip
-        u = forward(domain, run, weights, prior, self._parameters)
-        moved = act(u, domain, run, weights, prior, bound(since, budget), self.floor, self.cap, self._parameters)
+        u = self._answer(domain, run, observation.tokens)
+        bounds = (maker.limit, self.floor, self.cap)
+        moved = act(u, domain[active], run, maker.weights, maker.prior, *bounds, self._ranges)
         out = observation.weights.copy()
-        out[active] = share * moved
+        out[active] = maker.share * moved
         return out
 
+    def _answer(self, domain: np.ndarray, run: np.ndarray, tokens: int) -> np.ndarray:
+        """The network's numbers for the active domains, float32 [A]."""
+        maker, active = self._maker, self._maker.active
+        if self._history is None:
+            return forward(domain[active], run, maker.weights, maker.prior, self._network)
+        weights = np.zeros(len(active))
+        weights[active] = maker.weights
+        return self._history.answer(domain, run, weights, maker.table.prior, tokens, maker.budget)[active]
+
     def state_dict(self) -> dict[str, Any]:
-        """The running averages: 11 numbers a domain. Exact, and at most 4 KB of JSON at 16 domains."""
-        return {"averages": self._state.tolist()}
+        """What is remembered of the run. Exact, and at most 5 KB of JSON at 16 domains."""
+        state = self._maker.state_dict()
+        return state if self._history is None else {**state, "history": self._history.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for a state of another number of domains."""
-        averages = np.array(state["averages"], dtype=np.float64)
-        if averages.shape != self._state.shape:
-            raise StateError(
-                f"the agent's state has shape {list(averages.shape)}; expected {list(self._state.shape)}, a column for "
-                "each domain of this run; resume with the manifest that the state was saved with"
-            )
-        self._state = averages
+        self._maker.load_state_dict(state)
+        if self._history is not None:
+            self._history.load_state_dict(state["history"])

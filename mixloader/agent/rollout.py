@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mixloader.agent.action import CAP, FLOOR, act, bound, project, soft_step
-from mixloader.agent.features import N_DOMAIN, N_GLOBAL, STATE_ROWS, make_features, update_state
+from mixloader.agent.features import N_DOMAIN, N_GLOBAL, make_features
+from mixloader.agent.memory import Measured, new_state, update_state
 from mixloader.agent.network import Parameters, SetNetwork, forward
 from mixloader.agent.simulator import Episodes, Simulator
 
@@ -28,7 +29,7 @@ class Watcher:
         self.episodes, self._simulator, self._budget_known = episodes, simulator, budget_known
         self.mask = episodes.mask
         self.sizes = episodes.mask.sum(1).tolist()
-        self._states = [np.zeros((STATE_ROWS, size)) for size in self.sizes]
+        self._states = [new_state(size) for size in self.sizes]
         self._tokens = (episodes.tokens * episodes.budget[:, None]).double().numpy().astype(np.int64)
         self.prior = episodes.prior.double().numpy()
         self.domain = np.zeros((*episodes.start.shape, N_DOMAIN), dtype=np.float32)
@@ -47,11 +48,16 @@ class Watcher:
             if not self._budget_known[b]:
                 budget = 2 * tokens
             state, distinct = self._states[b], self._tokens[b, :size]
-            update_state(state, loss[b, :size], std[b, :size], count[b, :size], since, budget)
+            missing = np.full((size, 2), math.nan)
+            measured = Measured(
+                loss[b, :size], std[b, :size], count[b, :size], missing, missing, missing, np.full(size + 2, math.nan)
+            )
+            update_state(state, measured, since, budget)
             was_read = (read[b, :size] * float(self.episodes.budget[b])).astype(np.int64)
             self.domain[b, :size], self.run[b] = make_features(
                 state, current[b, :size], self.prior[b, :size], distinct, was_read, was_read / np.maximum(distinct, 1),
                 self.episodes.field[b, :size].numpy(), progress, float(self.episodes.preference[b]), tokens, budget,
+                math.nan,
             )  # fmt: skip
             self.limit[b] = bound(since, budget)
 

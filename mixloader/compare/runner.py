@@ -14,6 +14,7 @@ from mixloader.compare.setting import Setting, make_setting
 from mixloader.compare.suite import Suite
 from mixloader.errors import MixLoaderError
 from mixloader.policies import make_policy
+from mixloader.policies.base import signals_of
 from mixloader.workers import Engine, Workers, make_workers
 
 At = tuple[str, str]  # scenario, policy
@@ -80,7 +81,7 @@ def _scored(setting: Setting, label: str, prepared: tuple[Preparation, dict[str,
     options = entry.options_for(policy, setting.scenario.preference, found)
     feedback = entry.feedback
     if feedback is None:
-        feedback = "feedback" in make_policy(policy, **options).needs
+        feedback = "feedback" in signals_of(make_policy(policy, **options))
     return [setting.cell(label, policy, options, seed, feedback=feedback, train=entry.train) for seed in suite.seeds]
 
 
@@ -114,8 +115,8 @@ def _rows(
 
 def _sees(cell: Cell) -> str:
     """Whether held-out text reaches the policy: as losses, or as gradients that those of domains are compared with."""
-    needs = make_policy(cell.config["policy"], **cell.config["policy_options"]).needs
-    return "feedback" if cell.config["feedback"] or "influence" in needs else ""
+    signals = signals_of(make_policy(cell.config["policy"], **cell.config["policy_options"]))
+    return "feedback" if cell.config["feedback"] or "influence" in signals else ""
 
 
 def _tried(settings: Mapping[str, Setting], before: Cells, results: Results) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from mixloader.config import TrainConfig, merge
 from mixloader.manifest import Manifest
 from mixloader.observation import DomainTable
 from mixloader.policies import make_policy
+from mixloader.policies.base import signals_of
 
 BASE_SEED = 0
 
@@ -83,7 +84,7 @@ class Setting:
         }
         if self.base is not None:
             values["init_from"] = str(self.base.out)
-        if "influence" in make_policy(policy, **options).needs:
+        if "influence" in signals_of(make_policy(policy, **options)):
             values.setdefault("influence", {})  # at its defaults
         return self._make(f"{self.scenario.name}, {label}, seed {seed}", values, self.training, keep)
 

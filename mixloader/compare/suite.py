@@ -35,7 +35,7 @@ class Entry:
     policy: its registered name; None takes the name of the entry. options: as `make_policy` takes them; an option
         `preference` that is not given is that of the scenario.
     prepare: what has to be trained before it, {"by": name, ...} (see preparations.py), counted as its cost.
-    feedback: whether it is told the losses on the probes; None: if it cannot do without.
+    feedback: whether it is told the losses on the probes; None: if it needs or uses them.
     train: keys of TrainConfig that differ for this entry.
     """
 

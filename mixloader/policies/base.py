@@ -21,7 +21,10 @@ class Policy(Protocol):
     """
 
     needs: frozenset[str]
-    """The signals it cannot do without, among "loss", "feedback", "influence", "excess"."""
+    """The signals it cannot do without, among "loss", "feedback", "influence", "excess".
+
+    A policy may have an attribute `uses` besides, of the same kind: signals it does without, but is better with.
+    """
 
     def reset(self, domains: DomainTable) -> np.ndarray | None:
         """Begin a run. Returns the weights of the first steps, float64 [D], or None for the prior."""
@@ -34,6 +37,20 @@ class Policy(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state after `reset` with the same domains."""
+
+
+def signals_of(policy: Policy) -> frozenset[str]:
+    """All signals that it is worth measuring for a policy."""
+    return policy.needs | getattr(policy, "uses", frozenset())
+
+
+def change_domains(policy: Policy, domains: DomainTable) -> np.ndarray | None:
+    """Go on in mid-run with a table that has more domains at its end, or other prior weights.
+
+    A policy that has a method `extend(domains)`, of the kind of `reset`, remembers what it saw; others are reset.
+    """
+    extend: Callable[[DomainTable], np.ndarray | None] = getattr(policy, "extend", policy.reset)
+    return extend(domains)
 
 
 _FACTORIES: dict[str, Callable[..., Policy]] = {}

@@ -76,11 +76,12 @@ class Adam:
             p -= rate * mean / (np.sqrt(square) + np.float32(1e-8))
 
 
-def to_text(array: np.ndarray) -> str:
-    """The float32 numbers of an array as base64 text: exact, and a third of the size of JSON numbers."""
-    return base64.b64encode(np.ascontiguousarray(array, dtype="<f4").tobytes()).decode()
+def to_text(array: np.ndarray, dtype: str = "<f4") -> str:
+    """The numbers of an array as base64 text: exact if they are of that type, and a third of the size of JSON."""
+    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()
 
 
-def from_text(text: str, shape: tuple[int, ...]) -> np.ndarray:
+def from_text(text: str, shape: tuple[int, ...], dtype: str = "<f4") -> np.ndarray:
     """What to_text gave, back. Raises ValueError if it is not of that shape."""
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32).reshape(shape)
+    array = np.frombuffer(base64.b64decode(text), dtype=dtype)
+    return array.astype(array.dtype.newbyteorder("=")).reshape(shape)
