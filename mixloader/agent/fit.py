@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mixloader.agent.features import SOURCE, TARGET
+from mixloader.agent.episodes import Episodes, draw, mask
+from mixloader.agent.features import N_DOMAIN, N_GLOBAL, SOURCE, TARGET
 from mixloader.agent.network import Parameters, SetNetwork, save_parameters
 from mixloader.agent.policy import SHIPPED
-from mixloader.agent.rollout import by_network, by_parameters, by_random_walk, play
-from mixloader.agent.simulator import Episodes, Simulator
+from mixloader.agent.rollout import Rollout, back_to_actions, by_parameters, by_random_walk, play
+from mixloader.agent.signals import Signals, draw_signals, without
+from mixloader.agent.simulator import held_out, improvements, pull_back, run, score
 
 STEPS = (24, 32, 48, 64, 96)
 """Decisions in a run, drawn for every batch, so that the agent does not lean on one cadence."""
@@ -39,14 +41,11 @@ def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: in
     """Set the network's ranges (0.1 and 99.9 %) and scales from episodes under a random walk."""
     domain, run = [], []
     for steps in STEPS:
-        walk = by_random_walk(rng)
-
-        def record(watcher, weights, walk=walk):
-            domain.append(watcher.domain[watcher.mask.numpy()])
-            run.append(watcher.run.copy())
-            return walk(watcher, weights)
-
-        play(Episodes.draw(episodes, rng), steps, record, rng)
+        drawn = draw(episodes, rng)
+        rollout = play(drawn, draw_signals(drawn, steps, rng), steps, by_random_walk(rng), rng)
+        decided = slice(0, steps - 1)
+        domain.append(rollout.domain[:, decided].transpose(0, 2, 1, 3)[mask(drawn)].reshape(-1, N_DOMAIN))
+        run.append(rollout.run[:, decided].reshape(-1, N_GLOBAL))
     columns = [
         *np.concatenate(domain)[:, network.domain_columns.numpy()].T,
         *np.concatenate(run)[:, network.run_columns.numpy()].T,
@@ -58,6 +57,36 @@ def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: in
     network.scale.copy_(torch.tensor([float(column.std()) + 0.05 for column in columns]))
 
 
+def objective_cotangent(episodes: Episodes, steps: int) -> np.ndarray:
+    """The derivative of the mean objective over episodes by their held-out losses, float64 [B, T + 1, D]."""
+    when = np.full(steps + 1, UNDERWAY / steps)
+    when[0] = 0.0
+    when[-1] += 1 - UNDERWAY
+    return -when[:, None] * episodes.value[:, None] / len(episodes.size)
+
+
+def ascend(network: SetNetwork, rollout: Rollout) -> None:
+    """Add to the network's gradients those of minus the objective, plus the penalty on moves."""
+    episodes, decided = rollout.episodes, slice(0, rollout.steps - 1)
+    cotangent = objective_cotangent(episodes, rollout.steps)
+    by_weights = pull_back(episodes, rollout.weights, rollout.history, cotangent)
+    by_actions = back_to_actions(rollout, by_weights)[:, decided]
+    for size in np.unique(episodes.size):
+        which = np.flatnonzero(episodes.size == size)
+        shape = (len(which) * (rollout.steps - 1), size)
+
+        def sets(array: np.ndarray, which=which, size=size, shape=shape) -> Tensor:
+            """[B, T, D, ...] as [sets of this size, size, ...], float32."""
+            return torch.from_numpy(array[which, decided, :size].reshape(*shape, *array.shape[3:])).float()
+
+        prior = np.broadcast_to(episodes.prior[:, None], rollout.weights.shape)
+        run = torch.from_numpy(rollout.run[which, decided].reshape(shape[0], -1))
+        there = torch.ones(shape, dtype=torch.bool)
+        u = network(sets(rollout.domain), run, sets(rollout.weights), sets(prior), there)
+        share = PENALTY / (len(episodes.size) * (rollout.steps - 1) * size)
+        (share * torch.tanh(u).square().sum() - (u * sets(by_actions)).sum()).backward()
+
+
 def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch: int) -> None:
     """Ascend the mean objective over new random episodes; Adam with a cosine from 3e-3."""
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -65,18 +94,16 @@ def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch:
     progress = tqdm(range(iterations), desc="fit", unit="batch", mininterval=10)
     mean = 0.0
     for _ in progress:
-        penalties: list[Tensor] = []
-        scores: list[Tensor] = []
-        play(Episodes.draw(batch, rng), int(rng.choice(STEPS)), by_network(network, penalties), rng, scores)
-        score = scores[-1].mean()
-        objective = (1 - UNDERWAY) * score + UNDERWAY * torch.stack(scores).mean()
-        loss = -objective + PENALTY * torch.stack(penalties).mean()
+        episodes, steps = draw(batch, rng), int(rng.choice(STEPS))
+        signals = draw_signals(episodes, steps, rng)
+        rollout = play(episodes, signals, steps, by_parameters(network.parameters_as_arrays()), rng)
         optimizer.zero_grad()
-        loss.backward()
+        ascend(network, rollout)
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.3)
         optimizer.step()
         schedule.step()
-        mean = 0.95 * mean + 0.05 * score.item() if mean else score.item()
+        reached = float(score(episodes, rollout.history.held_out[:, -1]).mean())
+        mean = 0.95 * mean + 0.05 * reached if mean else reached
         progress.set_postfix(score=f"{mean:.4f}", refresh=False)
 
 
@@ -91,67 +118,78 @@ def fit(seed: int, iterations: int, batch: int) -> Parameters:
     return network.parameters_as_arrays()
 
 
-def half_and_half(episodes: Episodes, source: float = 0.5) -> Tensor:
-    """A fixed share for the source field, natural inside a field; all of it where there is only one field."""
-    weights = torch.zeros_like(episodes.prior)
+def half_and_half(episodes: Episodes, source: float = 0.5) -> np.ndarray:
+    """A fixed share for the source field, natural inside a field; all of it where there is only one field; [B, D]."""
+    weights = np.zeros_like(episodes.prior)
     for code, share in ((SOURCE, source), (TARGET, 1 - source)):
-        inside = torch.where((episodes.field == code) & episodes.mask, episodes.tokens, torch.zeros(()))
-        weights = weights + share * inside / inside.sum(1, keepdim=True).clamp_min(1e-9)
-    return weights / weights.sum(1, keepdim=True)
+        inside = np.where((episodes.field == code) & mask(episodes), episodes.tokens, 0.0)
+        weights += share * inside / np.maximum(inside.sum(1, keepdims=True), 1e-9)
+    return weights / weights.sum(1, keepdims=True)
 
 
-def run_fixed(episodes: Episodes, weights: Tensor, steps: int) -> Simulator:
-    """Run with weights [B, D] throughout, or [B, K, D] for K parts of equal length."""
-    simulator = Simulator(episodes, steps, np.random.default_rng(0))
-    parts = weights if weights.dim() == 3 else weights[:, None]
-    for step in range(steps):
-        simulator.step(parts[:, step * parts.shape[1] // steps])
-    return simulator
+def run_fixed(episodes: Episodes, weights: np.ndarray, steps: int) -> np.ndarray:
+    """Held-out losses [B, T + 1, D] on weights [B, D] throughout, or [B, K, D] for K parts of equal length."""
+    parts = weights if weights.ndim == 3 else weights[:, None]
+    return run(episodes, parts[:, np.arange(steps) * parts.shape[1] // steps]).held_out
 
 
-def best_schedule(episodes: Episodes, parts: int, steps: int = 24, iterations: int = 120) -> Tensor:
-    """The best mixture of each episode (parts = 1) or sequence of mixtures, by gradient, knowing all its rates."""
-    start = torch.log(0.5 * episodes.prior + 0.5 * half_and_half(episodes) + 1e-6).detach()
-    logits = start[:, None].repeat(1, parts, 1).requires_grad_()
+def best_schedule(episodes: Episodes, parts: int, steps: int = 24, iterations: int = 120) -> np.ndarray:
+    """The best mixture of each episode (parts = 1) or sequence of mixtures, by gradient, knowing all its numbers.
+
+    Returns weights [B, parts, D].
+    """
+    begin = np.log(0.5 * episodes.prior + 0.5 * half_and_half(episodes) + 1e-6)
+    logits = torch.from_numpy(begin)[:, None].repeat(1, parts, 1).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    masked = episodes.mask[:, None]
+    padding = torch.from_numpy(~mask(episodes))[:, None]
+    value, when = torch.from_numpy(episodes.value), torch.arange(steps) * parts // steps
+
+    def weights() -> Tensor:
+        return torch.softmax(logits.masked_fill(padding, -torch.inf), dim=-1)
+
     for _ in range(iterations):
-        weights = torch.softmax(logits.masked_fill(~masked, -torch.inf), dim=-1)
-        loss = -run_fixed(episodes, weights, steps).score().sum()
         optimizer.zero_grad()
-        loss.backward()
+        (held_out(episodes, weights()[:, when])[:, -1] * value).sum().backward()
         optimizer.step()
-    return torch.softmax(logits.detach().masked_fill(~masked, -torch.inf), dim=-1)
+    return weights().detach().numpy()
 
 
-@torch.no_grad()
-def _summary(simulator: Simulator, reference: Tensor) -> dict[str, float]:
-    source, target = simulator.improvements()
-    e = simulator.episodes
-    has_source, has_target = (((e.field == code) & e.mask).any(1) for code in (SOURCE, TARGET))
-    ahead = simulator.score() - reference
+def _summary(episodes: Episodes, held_out: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    source, target = improvements(episodes, held_out)
+    has_source, has_target = (((episodes.field == code) & (episodes.probe > 0)).any(1) for code in (SOURCE, TARGET))
+    reached = score(episodes, held_out)
+    ahead = reached - reference
     return {
-        "score": round(simulator.score().mean().item(), 4),
-        "source": round(source[has_source].mean().item(), 4),
-        "target": round(target[has_target].mean().item(), 4),
-        "ahead_of_half": round(ahead.mean().item(), 4),
-        "ahead_error": round((ahead.std() / len(ahead) ** 0.5).item(), 4),
-        "not_worse": round((ahead > -0.01).float().mean().item(), 3),
+        "score": round(float(reached.mean()), 4),
+        "source": round(float(source[has_source].mean()), 4),
+        "target": round(float(target[has_target].mean()), 4),
+        "ahead_of_half": round(float(ahead.mean()), 4),
+        "ahead_error": round(float(ahead.std(ddof=1) / len(ahead) ** 0.5), 4),
+        "not_worse": round(float((ahead > -0.01).mean()), 3),
     }
 
 
 def evaluate(
     parameters: Parameters, seed: int, count: int, steps: int = 48, oracles: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Scores on `count` held-out episodes: the agent, fixed mixtures and what knowledge of the rates could reach."""
-    episodes = Episodes.draw(count, np.random.default_rng(seed))
-    half = run_fixed(episodes, half_and_half(episodes), steps)
-    reference = half.score()
-    natural = torch.where(episodes.mask, episodes.tokens, torch.zeros(()))
+    """Scores on `count` held-out episodes: the agent with and without its signals, fixed mixtures and what knowledge
+    of the episode's numbers could reach."""
+    rng = np.random.default_rng(seed)
+    episodes = draw(count, rng)
+    signals = draw_signals(episodes, steps, rng)
+
+    def agent(signals: Signals) -> np.ndarray:
+        again = np.random.default_rng(seed + 1)
+        return play(episodes, signals, steps, by_parameters(parameters), again, parameters).history.held_out
+
+    natural = np.where(mask(episodes), episodes.tokens, 0.0)
     runs = {
-        "agent": play(episodes, steps, by_parameters(parameters), np.random.default_rng(seed + 1)),
-        "half": half,
-        "natural": run_fixed(episodes, natural / natural.sum(1, keepdim=True), steps),
+        "agent": agent(signals),
+        "agent_without_influence": agent(without(signals, influence=True)),
+        "agent_without_feedback": agent(without(signals, feedback=True)),
+        "agent_from_losses": agent(without(signals, influence=True, feedback=True)),
+        "half": run_fixed(episodes, half_and_half(episodes), steps),
+        "natural": run_fixed(episodes, natural / natural.sum(1, keepdims=True), steps),
         "prior": run_fixed(episodes, episodes.prior, steps),
         "source_0.25": run_fixed(episodes, half_and_half(episodes, 0.25), steps),
         "source_0.75": run_fixed(episodes, half_and_half(episodes, 0.75), steps),
@@ -159,7 +197,8 @@ def evaluate(
     if oracles:
         runs["best_fixed_of_each_episode"] = run_fixed(episodes, best_schedule(episodes, 1), steps)
         runs["best_schedule_of_each_episode"] = run_fixed(episodes, best_schedule(episodes, 6), steps)
-    return {name: _summary(simulator, reference) for name, simulator in runs.items()}
+    reference = score(episodes, runs["half"][:, -1])
+    return {name: _summary(episodes, losses[:, -1], reference) for name, losses in runs.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

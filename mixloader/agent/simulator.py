@@ -1,7 +1,7 @@
 """Continual pre-training in miniature: how losses of domains answer to a mixture, for fitting the agent.
 
-An episode is a run whose rates are drawn at random. Time is the part p of the token budget, in [0, 1]. A domain d
-has learned x_d effective tokens and forgotten f_d + g_d nats, quickly and slowly; its held-out loss is
+Time is the part p of the token budget, in [0, 1]. A domain d has learned x_d effective tokens and forgotten
+f_d + g_d nats, quickly and slowly; its held-out loss is
 
     loss_d = start_d - gain_d * (1 - (1 + x_d / knee_d)^-power_d) + f_d + g_d
     dx_d/dp = lr * sum_j transfer_dj * w_j * fresh_j          (fresh_j falls with the epochs of domain j)
@@ -9,238 +9,306 @@ has learned x_d effective tokens and forgotten f_d + g_d nats, quickly and slowl
 
 and g_d as f_d, with a level and a rate of its own. So loss falls by a power law (Hestness et al., arXiv
 1712.00409), repeated tokens are worth less (Muennighoff et al., arXiv 2305.16264), what is not practised is
-forgotten towards a level, and practice brings it back. Everything is batched, padded and differentiable in the
-weights.
+forgotten towards a level, and practice brings it back. A domain and its two equal halves behave the same.
+
+`run` goes forward in time, `pull_back` backward: the derivative of any sum over the held-out losses with respect to
+the weights of every step and to the episodes' numbers, by the adjoint of each step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
+from mixloader.agent.compiled import compiled
+from mixloader.agent.episodes import MAX_DOMAINS, Episodes, blank
+from mixloader.agent.features import SOURCE, TARGET
 
-MAX_DOMAINS = 24
+_FINEST = 32
+"""A run is integrated in at least so many parts, however few its decisions are."""
 
 
-@dataclass(frozen=True)
-class Episodes:
-    """B random runs of up to MAX_DOMAINS domains each; all tensors float32 unless said otherwise.
+class History(NamedTuple):
+    """What happened in B runs of T steps of equal tokens, float64.
 
-    Shapes [B, D], zero or harmless where padded: mask (bool), field (int64), tokens (distinct, in parts of the
-    budget), prior, start, gain, knee, power, hold, row_std, token_std (nats).
-    Shapes [B, D, 2], of quick and slow forgetting: level, rate.
-    Shapes [B, D, D]: transfer, similar. Shapes [B]: preference, budget (tokens), rows (rows of the whole run),
-    warmup (part of the run), lr_end (last lr over the peak), bump (nats that the peak lr adds to training losses),
-    relearn (part of what was gained that can be forgotten), wear (epochs after which a repeated token is worth 1/e).
+    held_out [B, T + 1, D], nats a token, first before training; at the bounds of the N parts in which the run is
+    integrated: learned and read [B, N + 1, D] (effective tokens and tokens, in parts of the budget), forgotten
+    [B, N + 1, D, 2] (nats).
     """
 
-    mask: Tensor
-    field: Tensor
-    tokens: Tensor
-    prior: Tensor
-    start: Tensor
-    gain: Tensor
-    knee: Tensor
-    power: Tensor
-    level: Tensor
-    rate: Tensor
-    hold: Tensor
-    row_std: Tensor
-    token_std: Tensor
-    transfer: Tensor
-    similar: Tensor
-    preference: Tensor
-    budget: Tensor
-    rows: Tensor
-    warmup: Tensor
-    lr_end: Tensor
-    bump: Tensor
-    relearn: Tensor
-    wear: Tensor
-
-    def __len__(self) -> int:
-        return len(self.budget)
-
-    @classmethod
-    def draw(cls, count: int, rng: np.random.Generator) -> Episodes:
-        """`count` runs with every rate drawn anew; the ranges are in `_draw_one`."""
-        drawn = [_draw_one(rng) for _ in range(count)]
-        return cls(**{f.name: torch.from_numpy(np.stack([one[f.name] for one in drawn])) for f in fields(cls)})
+    held_out: np.ndarray
+    learned: np.ndarray
+    forgotten: np.ndarray
+    read: np.ndarray
 
 
-def _log_uniform(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> np.ndarray:
-    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+def new_history(episodes: Episodes, steps: int) -> History:
+    """The beginning of runs of `steps` steps."""
+    parts = steps * -(-_FINEST // steps)
+    wide = (len(episodes.size), parts + 1, MAX_DOMAINS)
+    held_out = np.zeros((wide[0], steps + 1, MAX_DOMAINS))
+    held_out[:, 0] = episodes.start
+    return History(held_out, np.zeros(wide), np.zeros((*wide, 2)), np.zeros(wide))
 
 
-def _draw_fields(rng: np.random.Generator) -> np.ndarray:
-    """Fields of 2 to MAX_DOMAINS domains: mostly both fields, sometimes only one, with or without others."""
-    sources, targets = int(_log_uniform(rng, 1, 13)), int(_log_uniform(rng, 1, 7))
-    others = int(rng.integers(0, 5)) if rng.random() < 0.4 else 0
-    if rng.random() < 0.08:
-        sources, targets = (0, max(targets, 2)) if rng.random() < 0.5 else (max(sources, 2), 0)
-    return np.repeat([SOURCE, TARGET, NO_FIELD], [sources, targets, others])[:MAX_DOMAINS]
+@compiled
+def learning_rate(e, b, p):
+    """Of episode b at part p of its run, over its peak: warm-up, then a cosine to lr_end."""
+    warmup = e.warmup[b]
+    after = max(p - warmup, 0.0) / (1 - warmup)
+    falling = e.lr_end[b] + (1 - e.lr_end[b]) * 0.5 * (1 + np.cos(np.pi * after))
+    return min(p / max(warmup, 1e-6), falling)
 
 
-def _draw_company(rng: np.random.Generator, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Transfer and similarity [D, D] from places of the domains in a small space, fields apart from each other."""
-    centre = rng.normal(0, 1.0, (3, 3))
-    place = centre[field] + rng.normal(0, rng.uniform(0.3, 1.2), (len(field), 3))
-    near = np.exp(-((place[:, None] - place[None]) ** 2).sum(-1) / (2 * rng.uniform(0.3, 1.2) ** 2))
-    uneven = np.exp(rng.normal(0, 0.3, near.shape))
-    transfer = np.minimum(rng.uniform(0, 0.8) * near * uneven, 1.0)
-    similar = rng.uniform(0.05, 0.6) * near
-    np.fill_diagonal(transfer, 1.0)
-    np.fill_diagonal(similar, 1.0)
-    return transfer, similar
-
-
-def _draw_prior(rng: np.random.Generator, field: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """What the user starts from: mostly natural, else uniform or a share a field."""
-    kind = rng.random()
-    if kind < 0.6:
-        return tokens / tokens.sum()
-    prior = np.ones(len(field)) if kind < 0.8 else tokens.copy()
-    share = rng.uniform(0.2, 0.8)
-    for code, part in ((SOURCE, share), (TARGET, 1 - share), (NO_FIELD, 0.1)):
-        inside = field == code
-        prior[inside] *= part / max(prior[inside].sum(), 1e-9)
-    return prior / prior.sum()
-
-
-def _draw_one(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    field = _draw_fields(rng)
-    n = len(field)
-    tokens = np.exp(rng.normal(0, rng.uniform(0.2, 1.3), n))
-    tokens *= _log_uniform(rng, 0.5, 100) / tokens.sum()
-    transfer, similar = _draw_company(rng, field)
-    is_target = field == TARGET
-    # What a domain gains at the reference, half of the run for its field at half of the peak learning rate.
-    reference = 0.25 / np.maximum(np.bincount(field, minlength=3)[field], 1)
-    knee = reference * _log_uniform(rng, 0.02, 3.0, n)
-    power = rng.uniform(0.2, 1.5, n)
-    at_reference = np.where(is_target, _log_uniform(rng, 0.3, 2.5, n), _log_uniform(rng, 0.01, 0.25, n))
-    gain = at_reference / (1 - (1 + reference / knee) ** -power)
-    # Source losses rise by `level` when never practised; how fast differs more between runs than between domains.
-    level = np.where(
-        is_target, _log_uniform(rng, 0.02, 0.5, n), _log_uniform(rng, 0.2, 2.0) * _log_uniform(rng, 0.5, 2.0, n)
-    )
-    rate = _log_uniform(rng, 3, 40) * _log_uniform(rng, 0.6, 1.7, n)
-    slow_level, slow_rate = rng.uniform(0, 0.6) * level, rng.uniform(0.05, 0.3) * rate
-    hold = _log_uniform(rng, 1.0, 10) * np.sqrt(n) * _log_uniform(rng, 0.6, 1.7, n)
-    useless = rng.random(n) < 0.08
-    gain[useless], level[useless], slow_level[useless] = 0.0, 0.0, 0.0
-    rows = _log_uniform(rng, 1500, 20_000) if rng.random() < 0.6 else _log_uniform(rng, 20_000, 1e7)
-
-    def padded(values: np.ndarray, fill: float = 0.0) -> np.ndarray:
-        """The first axes of a [D] or [D, D] array padded to MAX_DOMAINS."""
-        out = np.full((MAX_DOMAINS,) * values.ndim, fill, dtype=np.float32)
-        out[(slice(0, n),) * values.ndim] = values
-        return out
-
-    numbers = {
-        "preference": 0.5 if rng.random() < 0.4 else rng.uniform(0, 1),
-        "budget": rows * 2 ** rng.integers(7, 13), "rows": rows,
-        "warmup": rng.uniform(0, 0.12), "lr_end": 1.0 if rng.random() < 0.1 else rng.uniform(0, 0.3),
-        "bump": rng.uniform(0, 0.15), "relearn": rng.uniform(0, 0.5), "wear": _log_uniform(rng, 3, 30),
-    }  # fmt: skip
-    codes = np.full(MAX_DOMAINS, NO_FIELD, dtype=np.int64)
-    codes[:n] = field
-    return {
-        "mask": np.arange(MAX_DOMAINS) < n, "field": codes, "tokens": padded(tokens, 1.0),
-        "prior": padded(_draw_prior(rng, field, tokens)), "start": padded(rng.uniform(1.5, 4.5, n)),
-        "gain": padded(gain), "knee": padded(knee, 1.0), "power": padded(power, 1.0),
-        "level": np.stack([padded(level), padded(slow_level)], -1),
-        "rate": np.stack([padded(rate, 1.0), padded(slow_rate, 1.0)], -1),
-        "hold": padded(hold, 1.0), "row_std": padded(rng.uniform(0.1, 0.45, n)),
-        "token_std": padded(rng.uniform(1.5, 3.0, n)), "transfer": padded(transfer), "similar": padded(similar),
-        **{name: np.float32(value) for name, value in numbers.items()},
-    }  # fmt: skip
-
-
-class Simulator:
-    """Runs a batch of episodes from start to end in `steps` steps of equal tokens.
-
-    Gradients flow from `held_out` and `score` to the weights that `step` was given.
-    """
-
-    def __init__(self, episodes: Episodes, steps: int, rng: np.random.Generator):
-        self.episodes, self.steps, self.done = episodes, steps, 0
-        self._rng = rng
-        self._learned = torch.zeros_like(episodes.start)
-        self._forgotten = torch.zeros_like(episodes.level)
-        self.read = torch.zeros_like(episodes.start)
-        """What was read of each domain, in parts of the budget, [B, D]."""
-        self._rows = rng.random(episodes.start.shape)  # where in a row each domain's quota stands
-
-    @property
-    def learning_rate(self) -> Tensor:
-        """Of the next step, over its peak: warm-up, then a cosine to lr_end; [B]."""
-        e, p = self.episodes, (self.done + 0.5) / self.steps
-        falling = e.lr_end + (1 - e.lr_end) * 0.5 * (
-            1 + torch.cos(torch.pi * (p - e.warmup).clamp_min(0) / (1 - e.warmup))
-        )
-        return torch.minimum(p / e.warmup.clamp_min(1e-6), falling)
-
-    def _reduction(self) -> Tensor:
-        e = self.episodes
-        return e.gain * (1 - (1 + self._learned / e.knee) ** -e.power)
-
-    def held_out(self) -> Tensor:
-        """Held-out loss of each domain now, nats a token, [B, D]."""
-        return self.episodes.start - self._reduction() + self._forgotten.sum(-1)
-
-    def step(self, weights: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Train one step on `weights` [B, D] (zero where padded).
-
-        Returns what is seen of it, each [B, D]: mean training loss (NaN where no row was drawn), its standard
-        deviation over tokens, and the number of tokens.
-        """
-        e, dt = self.episodes, 1 / self.steps
-        seen = self._observe(weights.detach())
-        lr = self.learning_rate[:, None]
-        epochs = self.read / e.tokens
-        fresh = torch.exp(-(epochs - 1).clamp_min(0) / e.wear[:, None])
-        useful = torch.einsum("bij,bj->bi", e.transfer, weights * fresh)
-        practice = torch.einsum("bij,bj->bi", e.similar, weights).clamp(0, 1)
+@compiled
+def _advance(e, b, weights, history, part):
+    """One part of episode b, from bound `part` to the next, on weights [D]."""
+    n, parts = e.size[b], history.learned.shape[1] - 1
+    dt = 1.0 / parts
+    scaled = learning_rate(e, b, (part + 0.5) * dt) * dt
+    learned, read, forgotten = history.learned[b], history.read[b], history.forgotten[b]
+    useful = np.empty(n)
+    for j in range(n):
+        over = read[part, j] / e.tokens[b, j] - 1
+        useful[j] = weights[j] * np.exp(-over / e.wear[b]) if over > 0 else weights[j]
+        read[part + 1, j] = read[part, j] + weights[j] * dt
+    for i in range(n):
+        gained, practice = 0.0, 0.0
+        for j in range(n):
+            gained += e.transfer[b, i, j] * useful[j]
+            practice += e.similar[b, i, j] * weights[j]
+        learned[part + 1, i] = learned[part, i] + scaled * gained
+        practice = min(practice, 1.0)
+        pull = 1 - practice + e.hold[b, i] * practice
         # Of what was gained, a part can be forgotten too: quickly, like the rest of it.
-        forgettable = e.relearn[:, None] * self._reduction().clamp_min(0)
-        level = e.level + torch.stack([forgettable, torch.zeros_like(forgettable)], dim=-1)
-        pull = (1 - practice) + e.hold * practice
-        rest = level * ((1 - practice) / pull)[..., None]
-        # The exact solution over the step for constant weights: stable for any rate.
-        kept = torch.exp(-e.rate * (lr * pull * dt)[..., None])
-        self._forgotten = rest + (self._forgotten - rest) * kept
-        self._learned = self._learned + lr * useful * dt
-        self.read = self.read + weights * dt
-        self.done += 1
-        return seen
+        reduction = e.gain[b, i] * (1 - (1 + learned[part, i] / e.knee[b, i]) ** -e.power[b, i])
+        level = e.level[b, i, 0] + e.relearn[b] * reduction
+        for k in range(2):
+            # The exact solution over the part for constant weights: stable for any rate.
+            rest = level * (1 - practice) / pull
+            kept = np.exp(-e.rate[b, i, k] * scaled * pull)
+            forgotten[part + 1, i, k] = rest + (forgotten[part, i, k] - rest) * kept
+            level = e.level[b, i, 1]
 
-    def _observe(self, weights: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        e = self.episodes
-        quota = self._rows + (weights * e.rows[:, None] / self.steps).double().numpy()
-        rows = np.floor(quota)
-        self._rows = quota - rows
-        # A repeated token's training loss is lower than its held-out loss.
-        memorised = 0.1 * torch.log1p((self.read / e.tokens - 1).clamp_min(0))
-        loss = (self.held_out() + e.bump[:, None] * self.learning_rate[:, None] - memorised).detach().numpy()
-        noise = self._rng.standard_normal(loss.shape) * e.row_std.numpy() / np.sqrt(np.maximum(rows, 1))
-        token_rows = (e.budget / e.rows).numpy()[:, None]
-        loss = np.where(rows > 0, loss + noise, np.nan)
-        return loss, np.where(rows > 0, e.token_std.numpy(), np.nan), (rows * token_rows).astype(np.int64)
 
-    def improvements(self) -> tuple[Tensor, Tensor]:
-        """Mean fall of held-out loss over the source domains and over the target domains, [B] each; 0 without any."""
-        e = self.episodes
-        fall = e.start - self.held_out()
-        by_field = [(e.field == code) & e.mask for code in (SOURCE, TARGET)]
-        source, target = [(fall * inside).sum(1) / inside.sum(1).clamp_min(1) for inside in by_field]
-        return source, target
+@compiled
+def step(e, weights, history, t):
+    """Train every episode on weights[b, t], float64 [B, T, D], from step t to step t + 1, and write the history."""
+    steps, parts = history.held_out.shape[1] - 1, history.learned.shape[1] - 1
+    each = parts // steps
+    for b in range(len(e.size)):
+        for part in range(t * each, (t + 1) * each):
+            _advance(e, b, weights[b, t], history, part)
+        part = (t + 1) * each
+        for i in range(e.size[b]):
+            remaining = (1 + history.learned[b, part, i] / e.knee[b, i]) ** -e.power[b, i]
+            worse = history.forgotten[b, part, i, 0] + history.forgotten[b, part, i, 1]
+            history.held_out[b, t + 1, i] = e.start[b, i] - e.gain[b, i] * (1 - remaining) + worse
 
-    def score(self) -> Tensor:
-        """The balanced score: preference * source improvement + (1 - preference) * target improvement, [B]."""
-        source, target = self.improvements()
-        return self.episodes.preference * source + (1 - self.episodes.preference) * target
+
+@compiled
+def _run(e, weights, history):
+    for t in range(weights.shape[1]):
+        step(e, weights, history, t)
+
+
+def run(episodes: Episodes, weights: np.ndarray) -> History:
+    """Run episodes from start to end on weights float64 [B, T, D] (what is beyond `size` is not read)."""
+    history = new_history(episodes, weights.shape[1])
+    _run(episodes, np.ascontiguousarray(weights, dtype=np.float64), history)
+    return history
+
+
+@compiled
+def influence_now(e, b, history, part, out):
+    """Minus the derivative of the fields' mean probed loss by tokens of each domain at bound `part`: out [D, 2].
+
+    Per part of the budget at the peak learning rate; columns: source, target. The probed loss changes by minus the sum
+    of weight times influence: reading a domain of another field counts what is forgotten meanwhile, as the inner
+    product of the gradients does.
+    """
+    n = e.size[b]
+    fresh = np.empty(n)
+    for j in range(n):
+        fresh[j] = np.exp(-max(history.read[b, part, j] / e.tokens[b, j] - 1, 0.0) / e.wear[b])
+    out[:] = 0.0
+    for i in range(n):
+        if e.probe[b, i] == 0:
+            continue
+        grown = 1 + history.learned[b, part, i] / e.knee[b, i]
+        remaining = grown ** -e.power[b, i]
+        slope = e.gain[b, i] * e.power[b, i] / e.knee[b, i] * remaining / grown
+        level = e.level[b, i, 0] + e.relearn[b] * e.gain[b, i] * (1 - remaining)
+        f, g = history.forgotten[b, part, i, 0], history.forgotten[b, part, i, 1]
+        idle = e.rate[b, i, 0] * (level - f) + e.rate[b, i, 1] * (e.level[b, i, 1] - g)
+        practised = e.hold[b, i] * (e.rate[b, i, 0] * f + e.rate[b, i, 1] * g)
+        column = e.field[b, i] - SOURCE
+        for j in range(n):
+            s = e.similar[b, i, j]
+            fall = slope * e.transfer[b, i, j] * fresh[j] - (1 - s) * idle + s * practised
+            out[j, column] += e.probe[b, i] * fall
+
+
+@compiled
+def _back_part(e, b, weights, history, part, c_learned, c_forgotten, c_read, c_weights, grads, wanted):
+    """Adjoint of `_advance`: cotangents of the state after the part become those of the state before it, in place.
+
+    c_learned, c_read, c_weights [D], c_forgotten [D, 2]; c_weights and, if `wanted`, grads are added to.
+    """
+    n, parts = e.size[b], history.learned.shape[1] - 1
+    dt = 1.0 / parts
+    scaled = learning_rate(e, b, (part + 0.5) * dt) * dt
+    fresh, over, c_useful = np.empty(n), np.empty(n), np.zeros(n)
+    for j in range(n):
+        over[j] = max(history.read[b, part, j] / e.tokens[b, j] - 1, 0.0)
+        fresh[j] = np.exp(-over[j] / e.wear[b])
+        c_weights[j] += c_read[j] * dt
+    for i in range(n):
+        practice = 0.0
+        for j in range(n):
+            practice += e.similar[b, i, j] * weights[j]
+        clipped = practice > 1
+        practice = min(practice, 1.0)
+        hold = e.hold[b, i]
+        pull = 1 - practice + hold * practice
+        grown = 1 + history.learned[b, part, i] / e.knee[b, i]
+        remaining = grown ** -e.power[b, i]
+        reduction = e.gain[b, i] * (1 - remaining)
+        c_pull, c_practice, c_reduction = 0.0, 0.0, 0.0
+        for k in range(2):
+            level = e.level[b, i, k] + (e.relearn[b] * reduction if k == 0 else 0.0)
+            rest = level * (1 - practice) / pull
+            kept = np.exp(-e.rate[b, i, k] * scaled * pull)
+            c = c_forgotten[i, k]
+            c_rest = c * (1 - kept)
+            c_exponent = -c * (history.forgotten[b, part, i, k] - rest) * kept
+            c_pull += c_exponent * e.rate[b, i, k] * scaled - c_rest * rest / pull
+            c_practice -= c_rest * level / pull
+            c_level = c_rest * (1 - practice) / pull
+            c_forgotten[i, k] = c * kept
+            if k == 0:
+                c_reduction = c_level * e.relearn[b]
+            if wanted:
+                grads.level[b, i, k] += c_level
+                grads.rate[b, i, k] += c_exponent * scaled * pull
+                if k == 0:
+                    grads.relearn[b] += c_level * reduction
+        c_practice += c_pull * (hold - 1)
+        if wanted:
+            grads.hold[b, i] += c_pull * practice
+        c_gained = c_learned[i] * scaled
+        for j in range(n):
+            c_useful[j] += e.transfer[b, i, j] * c_gained
+            if not clipped:
+                c_weights[j] += e.similar[b, i, j] * c_practice
+            if wanted:
+                grads.transfer[b, i, j] += c_gained * weights[j] * fresh[j]
+                if not clipped:
+                    grads.similar[b, i, j] += c_practice * weights[j]
+        _back_reduction(e, b, i, history.learned[b, part, i], c_reduction, c_learned, grads, wanted)
+    for j in range(n):
+        c_weights[j] += c_useful[j] * fresh[j]
+        if over[j] > 0:
+            c_fresh = c_useful[j] * weights[j] * fresh[j]
+            c_read[j] -= c_fresh / (e.wear[b] * e.tokens[b, j])
+            if wanted:
+                grads.wear[b] += c_fresh * over[j] / e.wear[b] ** 2
+
+
+@compiled
+def _back_reduction(e, b, i, learned, c, c_learned, grads, wanted):
+    """Adjoint of gain * (1 - (1 + learned / knee)^-power), whose cotangent is c."""
+    gain, knee, power = e.gain[b, i], e.knee[b, i], e.power[b, i]
+    grown = 1 + learned / knee
+    remaining = grown**-power
+    slope = gain * power / knee * remaining / grown
+    c_learned[i] += c * slope
+    if wanted:
+        grads.gain[b, i] += c * (1 - remaining)
+        grads.knee[b, i] -= c * slope * learned / knee
+        grads.power[b, i] += c * gain * remaining * np.log(grown)
+
+
+@compiled
+def _pull_back(e, weights, history, c_held_out, c_weights, grads, wanted):
+    count, steps = weights.shape[:2]
+    each = (history.learned.shape[1] - 1) // steps
+    for b in range(count):
+        n = e.size[b]
+        c_learned, c_forgotten, c_read = np.zeros(n), np.zeros((n, 2)), np.zeros(n)
+        for t in range(steps - 1, -1, -1):
+            for i in range(n):
+                c = c_held_out[b, t + 1, i]
+                c_forgotten[i, 0] += c
+                c_forgotten[i, 1] += c
+                _back_reduction(e, b, i, history.learned[b, (t + 1) * each, i], -c, c_learned, grads, wanted)
+                if wanted:
+                    grads.start[b, i] += c
+            for part in range((t + 1) * each - 1, t * each - 1, -1):
+                _back_part(
+                    e, b, weights[b, t], history, part, c_learned, c_forgotten, c_read, c_weights[b, t], grads, wanted
+                )
+        if wanted:
+            for i in range(n):
+                grads.start[b, i] += c_held_out[b, 0, i]
+
+
+def pull_back(episodes: Episodes, weights: np.ndarray, history: History, cotangent: np.ndarray) -> np.ndarray:
+    """The derivative of sum(cotangent * held_out) by the weights of every step, float64 [B, T, D].
+
+    weights: those that made `history`; cotangent: float64 [B, T + 1, D].
+    """
+    out = np.zeros(weights.shape)
+    _pull_back(episodes, weights, history, np.ascontiguousarray(cotangent), out, episodes, False)
+    return out
+
+
+def pull_back_all(
+    episodes: Episodes, weights: np.ndarray, history: History, cotangent: np.ndarray
+) -> tuple[np.ndarray, Episodes]:
+    """As `pull_back`, and the derivatives by start, gain, knee, power, level, rate, hold, transfer, similar, relearn
+    and wear, in Episodes whose other numbers are zero."""
+    out, grads = np.zeros(weights.shape), blank(len(episodes.size))
+    _pull_back(episodes, weights, history, np.ascontiguousarray(cotangent), out, grads, True)
+    return out, grads
+
+
+class _HeldOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights, episodes):
+        ctx.episodes, ctx.weights = episodes, np.ascontiguousarray(weights.detach().double().numpy())
+        ctx.history = run(episodes, ctx.weights)
+        return torch.from_numpy(ctx.history.held_out).to(weights.dtype)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        grads = pull_back(ctx.episodes, ctx.weights, ctx.history, cotangent.double().numpy())
+        return torch.from_numpy(grads).to(cotangent.dtype), None
+
+
+def held_out(episodes: Episodes, weights: Tensor) -> Tensor:
+    """Held-out losses [B, T + 1, D] of runs on weights [B, T, D], differentiable in the weights."""
+    return _HeldOut.apply(weights, episodes)
+
+
+def score(episodes: Episodes, held_out: np.ndarray) -> np.ndarray:
+    """The balanced score at held-out losses [B, ..., D]: see `episodes.probe_weights`; nats, [B, ...]."""
+    return np.einsum("b...d,bd->b...", episodes.start[_over(held_out)] - held_out, episodes.value)
+
+
+def improvements(episodes: Episodes, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean fall of held-out loss [B, ..., D] over the probed domains of source and of target; 0 without any."""
+    fall = episodes.start[_over(held_out)] - held_out
+    source, target = (
+        np.einsum("b...d,bd->b...", fall, np.where(episodes.field == code, episodes.probe, 0.0))
+        for code in (SOURCE, TARGET)
+    )
+    return source, target
+
+
+def _over(held_out: np.ndarray) -> tuple[slice | None, ...]:
+    """Index that gives [B, D] the axes of [B, ..., D]."""
+    return (slice(None), *(None,) * (held_out.ndim - 2), slice(None))
