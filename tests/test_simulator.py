@@ -86,16 +86,16 @@ def test_probes_cover_a_part_of_the_domains_and_the_score_says_what_counts(episo
     assert 0.5 < (episodes.probe > 0)[has].mean() < 0.95
     both = both_fields(episodes)
     np.testing.assert_allclose(episodes.value.sum(1)[both], 1)
-    unprobed = (episodes.probe == 0) & (episodes.field == SOURCE)
-    assert unprobed.any()
-    sources = (episodes.field == SOURCE).sum(1, keepdims=True)
-    expected = UNPROBED_SHARE * episodes.preference[:, None] / np.maximum(sources, 1)
-    np.testing.assert_allclose(episodes.value[unprobed], np.broadcast_to(expected, unprobed.shape)[unprobed])
+    for code, part in ((SOURCE, episodes.preference), (TARGET, 1 - episodes.preference)):
+        unprobed = (episodes.probe == 0) & (episodes.field == code)
+        assert unprobed.any()
+        expected = UNPROBED_SHARE * part * unprobed.any(1)
+        np.testing.assert_allclose(np.where(unprobed, episodes.value, 0).sum(1), expected)
 
     field = np.array([SOURCE, SOURCE, TARGET, NO_FIELD])
     probe, value = probe_weights(field, np.array([True, False, True, False]), 0.8)
     np.testing.assert_allclose(probe, [1, 0, 1, 0])
-    np.testing.assert_allclose(value, [0.8 * (1 - UNPROBED_SHARE / 2), 0.8 * UNPROBED_SHARE / 2, 0.2, 0])
+    np.testing.assert_allclose(value, [0.8 * (1 - UNPROBED_SHARE), 0.8 * UNPROBED_SHARE, 0.2, 0])
 
 
 def test_the_score_is_preference_times_improvements_where_all_is_probed():

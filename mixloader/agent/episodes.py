@@ -14,8 +14,8 @@ from mixloader.errors import ConfigError
 
 MAX_DOMAINS = 24
 
-UNPROBED_SHARE = 0.15
-"""Of the weight of the source field in the score: this part is spread over all source domains, probed or not."""
+UNPROBED_SHARE = 0.2
+"""Of a field's weight in the score: that of its domains that no probe covers, where it has any."""
 
 RANGES = Path(__file__).with_name("ranges.json")
 """The ranges that episodes are drawn from; `python -m mixloader.agent.calibrate` makes them from real runs."""
@@ -68,8 +68,9 @@ class Ranges(NamedTuple):
     peak learning rate; knee: in parts of that reference; power: uniform. target_level: nats forgotten when never
     practised; source_level: of the run, times level_domain. slow_level, slow_rate: of slow forgetting over quick
     forgetting, uniform. rate: of the run, times rate_domain. hold: of the run, times hold_domain and the root of the
-    number of domains. transfer_*, similar_*: of two domains of the same field or of two fields, in a run; company:
-    how far pairs differ from that by the domains' places, uneven: by chance (deviations of the logarithm, uniform).
+    number of domains. transfer_*, similar_*: of two domains of the same field or of two fields, in a run (they become
+    tanh of it); company: how far pairs differ from that by the domains' places, uneven: by chance (deviations of the
+    logarithm, uniform).
     relearn, start, bump, row_std, token_std: uniform, see Episodes. wear: epochs.
     """
 
@@ -149,7 +150,7 @@ def probe_weights(field: np.ndarray, probed: np.ndarray, preference: float) -> t
     """`probe` and `value` of Episodes, float64 [D] each, from the fields and which domains have probes (bool [D]).
 
     The score is preference * source + (1 - preference) * target, each the mean fall of held-out loss over the field's
-    probed domains, but for UNPROBED_SHARE of the source's weight, which goes to all source domains alike.
+    probed domains, but for UNPROBED_SHARE of it: that is the mean over those without a probe.
     """
     probe, value = np.zeros(len(field)), np.zeros(len(field))
     _weigh(field, probed, preference, probe, value)
@@ -166,10 +167,10 @@ def _weigh(field, probed, preference, probe, value):
         for d in range(len(field)):
             if field[d] != code:
                 continue
-            probe[d] = 1.0 / covered if probed[d] else 0.0
-            spread = UNPROBED_SHARE if code == SOURCE else 0.0
             share = preference if code == SOURCE else 1 - preference
-            value[d] = share * ((1 - spread) * probe[d] + spread / total)
+            unprobed = UNPROBED_SHARE if covered < total else 0.0
+            probe[d] = 1.0 / covered if probed[d] else 0.0
+            value[d] = share * ((1 - unprobed) * probe[d] if probed[d] else unprobed / (total - covered))
 
 
 @compiled
@@ -242,8 +243,8 @@ def _draw_company(rng, r, field, transfer, similar):
             # The squared distance of two standard normal points in three dimensions: 6 on average, deviation 4.9.
             near = np.exp(company * (6 - apart) / 4.9)
             cross = int(field[i] != field[j])
-            transfer[i, j] = min(typical[0, cross] * near * np.exp(uneven * rng.standard_normal()), 1.0)
-            similar[i, j] = min(typical[1, cross] * near, 1.0)
+            transfer[i, j] = np.tanh(typical[0, cross] * near * np.exp(uneven * rng.standard_normal()))
+            similar[i, j] = np.tanh(typical[1, cross] * near)
         transfer[i, i] = similar[i, i] = 1.0
 
 
