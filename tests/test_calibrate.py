@@ -1,0 +1,193 @@
+"""The simulator fitted to runs: made by the simulator itself, so that what there is to find is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mixloader.agent.calibrate import calibrate, fitted_ranges, main, predictions
+from mixloader.agent.episodes import Ranges, draw, mask, read_ranges
+from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
+from mixloader.agent.identify import OF_RUN, identify
+from mixloader.agent.measured import ERROR, STEPS, measured_runs
+from mixloader.agent.simulator import run
+from mixloader.agent.trajectories import write_trajectories
+from mixloader.agent.trajectory import Trajectory
+from mixloader.errors import ConfigError
+from mixloader.observation import DomainTable
+
+PLAN_STEPS, ROWS, SEQ_LEN = 128, 16, 128
+BUDGET = PLAN_STEPS * ROWS * SEQ_LEN
+NOISE = 0.01
+RUNS = 24
+KINDS = {NO_FIELD: None, SOURCE: "source", TARGET: "target"}
+
+
+def made_runs(count, seed):
+    """Trajectories of a random walk over mixtures, a decision every second plan step, and their episodes."""
+    rng = np.random.default_rng(seed)
+    episodes = draw(count, rng)
+    shape = (count, STEPS, episodes.field.shape[1])
+    walk = rng.normal(0, 1, (count, 1, shape[2])) + rng.normal(0, 0.3, shape).cumsum(1)
+    weights = np.exp(walk) * np.maximum(episodes.prior[:, None], 1e-9) * mask(episodes)[:, None]
+    weights /= weights.sum(-1, keepdims=True)
+    episodes = episodes._replace(budget=np.full(count, float(BUDGET)))
+    losses = run(episodes, weights).held_out
+    return [made_run(episodes, weights[b], losses[b], b, rng) for b in range(count)], episodes
+
+
+def made_run(e, weights, losses, b, rng):
+    n, decisions = int(e.size[b]), STEPS
+    fields = tuple(KINDS[code] for code in e.field[b, :n].tolist())
+    windows = np.maximum(e.tokens[b, :n] * BUDGET / SEQ_LEN, 1).astype(np.int64)
+    table = DomainTable(tuple(f"d{d}" for d in range(n)), fields, (None,) * n, windows * SEQ_LEN, e.prior[b, :n])
+    step = 2 * np.arange(decisions) + 1
+    points = np.linspace(0, STEPS, 5).astype(int)
+    names = [name for name in ("source", "target") if name in fields]
+    told = np.stack([np.where(e.field[b] == code, e.probe[b], 0) @ losses.T for code in (SOURCE, TARGET)], 1)
+    told = told[:, [code - SOURCE for code in (SOURCE, TARGET) if KINDS[code] in names]] + 0.2
+    influence, wide = np.ones((1, n, 1)), (decisions, n)
+    return Trajectory(
+        table=table, windows=windows, step=step, effect=step + 1, tokens=(step + 1) * ROWS * SEQ_LEN,
+        rows_per_step=ROWS, seq_len=SEQ_LEN, token_budget=BUDGET, weights=weights[[*range(STEPS), -1], :n],
+        counts=np.zeros(wide, dtype=np.int64), loss=np.full(wide, np.nan), loss_std=np.full(wide, np.nan),
+        loss_tokens=np.zeros(wide, dtype=np.int64), feedback_names=tuple(names),
+        feedback_step=2 * np.arange(STEPS + 1) - 1, feedback=told + NOISE * rng.standard_normal(told.shape),
+        influence_fields=("source",), influence_at=np.ones(1, dtype=np.int64), influence=influence,
+        influence_std=influence, influence_rows=np.ones((1, n), dtype=np.int64),
+        influence_step=np.ones((1, n), dtype=np.int64), probe_step=np.ones((1, 1), dtype=np.int64),
+        held_out=losses[points, :n] + NOISE * rng.standard_normal((5, n)), held_out_tokens=points * 2 * ROWS * SEQ_LEN,
+        probed=e.probe[b, :n] > 0, preference=float(e.preference[b]),
+        meta={"schedule": {"learning_rate": 1e-3, "min_lr": 1e-3 * e.lr_end[b],
+                           "warmup_steps": e.warmup[b] * PLAN_STEPS, "steps": PLAN_STEPS}},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made():
+    trajectories, episodes = made_runs(RUNS, 0)
+    return measured_runs(trajectories), episodes
+
+
+@pytest.fixture(scope="module")
+def found(made):
+    return identify(made[0], read_ranges(), iterations=200)
+
+
+def test_what_is_known_of_a_run_is_read_from_its_trajectory(made):
+    runs, episodes = made
+    for name in ("size", "field", "preference", "probe", "value", "warmup", "lr_end", "budget"):
+        np.testing.assert_allclose(getattr(runs.episodes, name), getattr(episodes, name), err_msg=name)
+    there = mask(episodes)
+    np.testing.assert_allclose(runs.episodes.tokens[there], episodes.tokens[there], atol=SEQ_LEN / BUDGET)
+    # Every measurement is that of the path, but for its noise (that of a change has twice the noise).
+    losses, usable = run(episodes, runs.weights).held_out, np.isfinite(runs.error)
+    there = np.stack([losses[b][runs.when[b].astype(int)] for b in range(RUNS)])
+    expected = (runs.of * (there - runs.relative[..., None] * losses[:, :1])).sum(-1)
+    apart = (runs.value - expected)[usable]
+    assert abs(apart[runs.by_domain[usable]].std() - NOISE) < 0.1 * NOISE
+    assert abs(apart.std() - 1.4 * NOISE) < 0.2 * NOISE
+    assert (runs.error[usable] >= ERROR).all()
+    assert runs.by_domain.sum() == 5 * episodes.size.sum()
+
+
+def test_mixtures_are_averaged_over_the_tokens_in_which_they_were_in_force():
+    (one,), episodes = made_runs(1, 3)
+    late = np.where(one.effect < 100, one.effect, PLAN_STEPS)  # the last decisions never take effect
+    delayed = Trajectory(**{**one.__dict__, "effect": late})
+    weights = measured_runs([delayed]).weights[0, :, : episodes.size[0]]
+    np.testing.assert_allclose(weights[:49], one.weights[:49], atol=1e-12)
+    np.testing.assert_allclose(weights[49:], np.broadcast_to(one.weights[49], (15, episodes.size[0])), atol=1e-12)
+
+    uneven = Trajectory(**{**one.__dict__, "effect": one.effect + (one.effect < 100)})
+    weights = measured_runs([uneven]).weights[0, :, : episodes.size[0]]
+    np.testing.assert_allclose(weights[1], (one.weights[0] + one.weights[1]) / 2, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(-1), 1)
+
+
+def test_runs_without_held_out_losses_are_refused():
+    (one,), _ = made_runs(1, 3)
+    with pytest.raises(ConfigError, match="trajectory 0 has 1 held-out losses"):
+        measured_runs([Trajectory(**{**one.__dict__, "held_out": one.held_out[:1]})])
+
+
+def test_the_numbers_of_the_runs_are_found(made, found):
+    """As far as five losses a domain and their fields' feedback tell; the logarithms of what was drawn."""
+    runs, episodes = made
+    apart = (found.predicted - runs.value)[np.isfinite(runs.error)]
+    assert np.sqrt(np.mean(apart**2)) < 3 * NOISE
+    there = mask(episodes) & (episodes.level[..., 0] > 0)
+    for name, least in (("level", 0.8), ("rate", 0.7), ("hold", 0.5), ("gain", 0.5)):
+        true, value = (np.log(getattr(e, name)[there]) for e in (episodes, found.episodes))
+        true, value = (x if x.ndim == 1 else x[:, 0] for x in (true, value))
+        assert np.corrcoef(true, value)[0, 1] > least, name
+
+
+def test_a_prediction_has_the_derivative_that_the_fit_uses(made):
+    """The gradient that Adam follows, of a run's rates, against finite differences of its predictions."""
+    from mixloader.agent.identify import _FITTED, _Measured
+
+    runs, _ = made
+    truth = identify(runs, read_ranges(), iterations=1).episodes
+    numbers = [torch.from_numpy(np.array(getattr(truth, name))) for name in _FITTED]
+    rng = np.random.default_rng(0)
+    direction = [torch.from_numpy(rng.standard_normal(tuple(n.shape))) * n for n in numbers]
+    weight = torch.from_numpy(rng.standard_normal(runs.value.shape))
+
+    def at(step):
+        return (_Measured.apply(runs, *(n + step * d for n, d in zip(numbers, direction, strict=True))) * weight).sum()
+
+    leaves = [n.clone().requires_grad_() for n in numbers]
+    (_Measured.apply(runs, *leaves) * weight).sum().backward()
+    found = sum((leaf.grad * d).sum() for leaf, d in zip(leaves, direction, strict=True))
+    torch.testing.assert_close(found, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_half_of_a_run_is_predicted_from_the_first(made):
+    runs, _ = made
+    report = predictions(runs, read_ranges(), read_ranges(), iterations=200)
+    assert report["calibrated"] == report["before"]
+    for simple in ("power_law", "last", "before_blind", "first"):
+        assert report["before"]["all"] < 0.75 * report[simple]["all"], simple
+
+
+def test_what_nothing_was_measured_of_keeps_its_range(made):
+    runs, _ = made
+    nothing = runs._replace(error=np.full_like(runs.error, np.inf))
+    ranges = read_ranges()
+    rng = np.random.default_rng(0)
+    values = identify(nothing, ranges, sample=rng, iterations=20).values
+    for name in OF_RUN:
+        low, high = getattr(ranges, name)
+        low = max(low, 0.02 * high)
+        z = (np.log(values[name]) - np.log(low)) / np.log(high / low) * 2 - 1
+        assert abs(z.mean()) < 0.35, name
+        assert 0.3 < z.std() < 0.75, name
+
+
+def test_ranges_follow_the_runs(made):
+    """Runs whose levels all lie in the upper half of the range that was likely before."""
+    runs, _ = made
+    before = read_ranges()._replace(source_level=(0.02, 0.4), start=(1.0, 9.0))
+    after = fitted_ranges(runs, before, np.random.default_rng(0), iterations=150)
+    assert isinstance(after, Ranges)
+    assert after.source_level[1] > 0.7
+    assert after.start[0] > 1.4
+    assert after.start[1] < 4.6
+    assert after.bump == before.bump
+
+
+def test_the_command_writes_ranges_and_reports(tmp_path, capsys):
+    files = tmp_path / "runs.zst", tmp_path / "a.json", tmp_path / "b.json"
+    write_trajectories(files[0], made_runs(6, 1)[0])
+    for out in files[1:]:
+        assert main([str(files[0]), "--out", str(out), "--iterations", "5"]) == 0
+    report = json.loads(capsys.readouterr().out.split("}\n{")[0] + "}")["unseen"]
+    assert report["runs"] == 1
+    assert {"calibrated", "before", "power_law", "last"} <= set(report)
+    assert files[1].read_bytes() == files[2].read_bytes()
+    assert read_ranges(files[1]) != read_ranges()
+    draw(16, np.random.default_rng(0), read_ranges(files[1]))
+    with pytest.raises(ConfigError, match="4 runs are too few"):
+        calibrate(measured_runs(made_runs(4, 1)[0]), read_ranges())
