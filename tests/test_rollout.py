@@ -96,7 +96,7 @@ def test_feedback_is_of_probed_domains_on_its_cadence(episodes):
     for seen, history, t in watched(episodes, 12, offset=np.zeros((64, MAX_DOMAINS)), **changes):
         for b in range(64):
             n = episodes.size[b]
-            losses, probe = history.held_out[b, t + 1, :n], episodes.probe[b, :n]
+            losses, probe = history.held_out[b, t, :n], episodes.probe[b, :n]
             by_domain, by_field = seen.feedback[b, :n], seen.feedback[b, n : n + 2]
             if t % 3:
                 assert np.isnan(seen.feedback[b, : n + 2]).all()
@@ -183,10 +183,10 @@ def followed(drawn, signals, b, path):
 
 def observation_of(drawn, readings, table, weights, seen, b, t):
     n, steps, budget = len(table), weights.shape[1], float(drawn.budget[b])
-    done, count, none = (t + 1) / steps, readings.tokens[b, :n], np.zeros(n, dtype=np.int64)
+    done, count = (t + 1) / steps, readings.tokens[b, :n]
     age = readings.influence_age[b, :n] / (budget / steps)
     influence = Signal(
-        readings.influence[b, :n], np.repeat(none[:, None], 2, 1), np.where(np.isnan(age), -1, np.rint(age)).astype(int)
+        readings.influence[b, :n], np.full((n, 2), 10**9), np.where(np.isnan(age), -1, np.rint(age)).astype(int)
     )
     told = dict(zip((*table.names, "source", "target"), readings.feedback[b, : n + 2], strict=True))
     seen = (seen * budget).astype(np.int64)

@@ -31,17 +31,20 @@ _INSIDE = (0.025, 0.975)
 def fitted_ranges(runs: Runs, ranges: Ranges, rng: np.random.Generator, iterations: int = 300) -> Ranges:
     """Ranges with the bounds that hold 95 % of the numbers of the runs; `ranges` says what is likely before that.
 
-    What held-out losses do not tell (noise of training losses and how they differ from held-out ones) stays as it is.
+    The runs are identified twice: the second time, what the first one found is likely. What held-out losses do not tell
+    (noise of training losses and how they differ from held-out ones) stays as it is.
     """
-    values = identify(runs, ranges, sample=rng, iterations=iterations).values
-    values["start"] = np.where(np.arange(runs.of.shape[2]) < runs.episodes.size[:, None], runs.episodes.start, np.nan)
-    found = {}
-    for name in (*OF_RUN, *OF_DOMAIN, "start"):
-        known = values[name][np.isfinite(values[name])]
-        if len(known):
-            low, high = np.quantile(known, _INSIDE)
-            found[name] = (float(f"{low:.3g}"), float(f"{high:.3g}"))
-    return ranges._replace(**found)
+    start = np.where(np.arange(runs.of.shape[2]) < runs.episodes.size[:, None], runs.episodes.start, np.nan)
+    for _ in range(2):
+        values = identify(runs, ranges, sample=rng, iterations=iterations).values | {"start": start}
+        found = {}
+        for name in (*OF_RUN, *OF_DOMAIN, "start"):
+            known = values[name][np.isfinite(values[name])]
+            if len(known):
+                low, high = np.quantile(known, _INSIDE)
+                found[name] = (float(f"{low:.3g}"), float(f"{high:.3g}"))
+        ranges = ranges._replace(**found)
+    return ranges
 
 
 def _rms(error: np.ndarray) -> float:
@@ -91,7 +94,8 @@ def _last(runs: Runs, known: np.ndarray) -> np.ndarray:
     return out
 
 
-def _some(runs: Runs, which: np.ndarray) -> Runs:
+def some(runs: Runs, which: np.ndarray) -> Runs:
+    """Those of the runs."""
     return Runs(take(runs.episodes, which), *(np.ascontiguousarray(array[which]) for array in runs[1:]))
 
 
@@ -106,8 +110,8 @@ def calibrate(runs: Runs, ranges: Ranges, seed: int = 0, iterations: int = 300) 
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     unseen, seen = np.sort(order[: round(UNSEEN * count)]), np.sort(order[round(UNSEEN * count) :])
-    found = fitted_ranges(_some(runs, seen), ranges, rng, iterations)
-    return found, predictions(_some(runs, unseen), found, ranges, iterations)
+    found = fitted_ranges(some(runs, seen), ranges, rng, iterations)
+    return found, predictions(some(runs, unseen), found, ranges, iterations)
 
 
 def main(argv: list[str] | None = None) -> int:

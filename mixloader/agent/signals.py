@@ -180,7 +180,10 @@ def _read_influence(e, signals, b, history, t, rng, out):
 
 @compiled
 def _read_feedback(e, signals, b, history, t, rng, out):
-    """Held-out losses of the probed domains where an evaluation is due, of the fields, the domains or both."""
+    """Held-out losses of the probed domains where an evaluation is due, of the fields, the domains or both.
+
+    As they were before the step: an evaluation takes time, and the first is made before training.
+    """
     n, told = e.size[b], signals.told[b]
     out.feedback[b, : n + 2] = np.nan
     if signals.feedback_every[b] == 0 or t % signals.feedback_every[b] != 0:
@@ -189,7 +192,7 @@ def _read_feedback(e, signals, b, history, t, rng, out):
     for d in range(n):
         if e.probe[b, d] == 0:
             continue
-        loss = history.held_out[b, t + 1, d] + signals.offset[b, d] + signals.feedback_error[b] * rng.standard_normal()
+        loss = history.held_out[b, t, d] + signals.offset[b, d] + signals.feedback_error[b] * rng.standard_normal()
         mean[e.field[b, d] - SOURCE] += e.probe[b, d] * loss
         probed[e.field[b, d] - SOURCE] += e.probe[b, d]
         if told != FIELDS:
