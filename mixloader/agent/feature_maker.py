@@ -16,6 +16,7 @@ from mixloader.observation import DomainTable, Observation
 from mixloader.policies.set_network import from_text, to_text
 
 _COLUMNS = {"source": 0, "target": 1}
+_LARGEST = 1e60  # of an influence: gradients are float32, and their products below 1e77
 _NEVER = -2  # what is told before the first step is told after step -1
 
 
@@ -165,6 +166,9 @@ class FeatureMaker:
                     factor = np.where(rows > 1, rows / np.maximum(rows - 1, 1), math.nan)
                     out[1, :, _COLUMNS[name]] = observation.influence_std[:, column] * np.sqrt(factor)
                 out[2, :, _COLUMNS[name]] = signal.age[:, column] * step_tokens
+        # Squares and quotients of what is beyond would overflow: what is too large is not known, too small is nothing.
+        size = np.abs(out[:2])
+        out[:2] = np.where(size < 1 / _LARGEST, 0.0, np.where(size <= _LARGEST, out[:2], math.nan))
         return out
 
     def _feedback(self, observation: Observation) -> np.ndarray:
