@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from mixloader.errors import ConfigError, MixLoaderError, StateError
 from mixloader.guards import Guards
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
+from mixloader.mixer_domains import MixerDomains
+from mixloader.mixer_state import MixerState
 from mixloader.mixture import as_fractions, as_weights, quantize, without
 from mixloader.objective import Objective
 from mixloader.policies import Policy, make_policy
-from mixloader.policies.base import change_domains
 from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
 
-STATE_VERSION = 1
 _SCHEDULED_SKIP = 100_000  # steps, each of which is looked at
 
 
-class Mixer:
+class Mixer(MixerDomains, MixerState):
     """Lets a policy set the mixture of a loader while a model trains on its batches.
 
     Give `stats` to domain_cross_entropy, and call step() once after each optimizer step.
@@ -203,22 +203,6 @@ class Mixer:
         self._log.event("skip", begin, steps=steps)
         return self._next
 
-    def add_domain(self, name: str, data: Any, weight: float = 0.0) -> None:
-        """As MixLoader.add_domain, between step() and the next batch.
-
-        The policy goes on with the new table: it forgets what it saw, unless it can do better, as the agent can
-        (policies.base.change_domains). `stats` is a new object from here on, with a row for the new domain.
-        """
-        self._change_domains(lambda: self.loader.add_domain(name, data, weight))
-
-    def remove_domain(self, name: str) -> None:
-        """As MixLoader.remove_domain; see add_domain."""
-        self._change_domains(lambda: self.loader.remove_domain(name))
-
-    def split_domain(self, name: str, parts: Mapping[str, Sequence[int]]) -> None:
-        """As MixLoader.split_domain; see add_domain."""
-        self._change_domains(lambda: self.loader.split_domain(name, parts))
-
     def feedback(self, losses: Mapping[str, float]) -> None:
         """Tell the policy, from its next decision on, what an evaluation found.
 
@@ -348,149 +332,6 @@ class Mixer:
             self._objective.units = units
         elif weights is not None or np.abs(units - before).max() > 1:
             loader.set_weights(units)
-
-    def _change_domains(self, change: Callable[[], int]) -> None:
-        """Decisions under way do not know the new domains: they are told in the record, but not applied."""
-        self._check_between_steps()
-        decided = [pending.future.result() for pending in self._pending]
-        self._drain()
-        change()
-        loader = self.loader
-        if self._objective is not None:
-            removed = np.array([name in loader.removed for name in loader.names])
-            self._objective.grow(loader.units, removed)
-        self._decider.change_domains(loader.table, loader.removed, loader.windows)
-        self._reset_policy(change_domains(self._decider.policy, loader.table))
-        more = len(loader.names) - len(self._in_force)
-        old = self.stats
-        self.stats = DomainStats(
-            len(loader.names),
-            old.device,
-            names=loader.names,
-            distribution=old.distribution,
-            token_bytes=old.token_bytes,
-        )
-        self.stats.influence = self.influence
-        if self.influence is not None:
-            self.influence.grow(loader.names)
-        self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
-        self._pending = deque(Pending.decided(decision.grown(more), stale=True) for decision in decided)
-        self._version = loader.state_dict()["weights_version"]
-        self._in_force = loader.units_at(self._next).tolist()
-        self._domains_changed = True
-        self._write_domains()
-
-    def _write_domains(self) -> None:
-        loader = self.loader
-        self._log.event(
-            "domains", self._next, manifest=loader.manifest.fingerprint, domains=list(loader.names),
-            fields=list(loader.table.fields), removed=list(loader.removed), weights=self._in_force,
-            **({} if self._objective is None else {"objective": self._objective.units}),
-        )  # fmt: skip
-
-    def _drain(self) -> None:
-        """Add what was counted since the last decision to the sums that the next one is given."""
-        self._snapshots.append(self.stats.snapshot())
-        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
-        self._snapshots = []
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to decide as this one; JSON-able, exact, a few KB.
-
-        Waits for the decisions under way, and until the record is on the disk. Save it together with
-        the state of the loader, between step() and the next batch.
-        """
-        self._check_between_steps()
-        self._notice_changes(self.loader.state_dict())
-        self._collect(self._next)
-        self._drain()
-        pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
-        self._log.flush()
-        return {
-            "version": STATE_VERSION,
-            "domains": list(self.loader.names),
-            "decide_every": self.decide_every,
-            "lag": self.lag,
-            "policy": self._policy["name"],
-            **({} if self._objective is None else {"objective": self._objective.units.tolist()}),
-            "step": self._next,
-            "weights_version": self._version,
-            "in_force": self._in_force,
-            "domains_changed": self._domains_changed,
-            "decider": self._decider.state_dict(),
-            "feedback": {name: list(entry) for name, entry in self._feedback.items()},
-            "sums": self._sums.tolist(),
-            "pending": [{**decision, "stale": stale} for decision, stale in pending],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. The loader's state of the same moment must be loaded, too.
-
-        Goes on with the record of the run. Raises StateError if the state is of another run or moment.
-        """
-        self._check_state(state)
-        for pending in self._pending:
-            pending.future.exception()
-        self._decider.domains = self.loader.table
-        self._decider.load_state_dict(state["decider"])
-        self._next, self._version = state["step"], state["weights_version"]
-        self._in_force = list(state["in_force"])
-        if self._objective is not None:
-            self._objective.units = np.array(state["objective"], dtype=np.int64)
-        self._decider.removed, self._exhausted = self.loader.removed, self.loader.exhausted
-        self._domains_changed = state["domains_changed"]
-        self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
-        self.stats.snapshot()  # whatever was counted since is not part of the state
-        self._snapshots, self._sums = [], np.array(state["sums"], dtype=np.int64)
-        self._pending.clear()
-        for entry in state["pending"]:
-            decision = Decision.from_json({key: value for key, value in entry.items() if key != "stale"})
-            self._pending.append(Pending.decided(decision, entry["stale"]))
-        self._log.resume(self._next)
-        if state["domains_changed"]:
-            self._write_domains()  # a resume ends what the record says of this step
-
-    def _check_between_steps(self) -> None:
-        step = self.loader.state_dict()["step"]
-        if step != self._next:
-            raise MixLoaderError(
-                f"the loader stands at plan step {step}, but mixer.step() has not ended step {self._next} yet; call it "
-                "before saving and before changing domains"
-            )
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        own = {
-            "version": STATE_VERSION,
-            "domains": list(self.loader.names),
-            "decide_every": self.decide_every,
-            "lag": self.lag,
-            "policy": self._policy["name"],
-        }
-        for key, value in own.items():
-            if state.get(key) != value:
-                raise StateError(
-                    f"the mixer state has {key} {state.get(key)!r}; this mixer has {value!r}; resume with the settings "
-                    "of the run that saved it"
-                )
-        if ("objective" in state) != (self._objective is not None):
-            acts = {True: "objective", False: "sampling"}
-            raise StateError(
-                f"the mixer state is of a run with act={acts['objective' in state]!r}; this mixer has the other; "
-                "resume with the settings of the run that saved it"
-            )
-        stream = self.loader.state_dict()
-        if stream == self._after_reset and stream["weights_version"] != state["weights_version"]:
-            # The loader was resumed before this Mixer was made, which then began a new run on it.
-            self.loader.load_state_dict(self._before_reset)
-            stream = self._before_reset
-        for key in ("step", "weights_version"):
-            if stream[key] != state[key]:
-                raise StateError(
-                    f"the mixer state has {key} {state[key]}, but the loader has {stream[key]}; load the state that "
-                    "the loader had when the mixer's was saved"
-                )
 
     # The end
 
