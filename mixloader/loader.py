@@ -115,6 +115,7 @@ class MixLoader(LiveMixture, DataLoaderSurface):
     ):
         check_torch_arguments(torch_arguments, num_workers, prefetch_factor)
         layout = Layout.resolve(batch_size, grad_accumulation_steps, global_batch, world_size, rank, mesh, mesh_dims)
+        self.mesh, self.mesh_dims = mesh, mesh_dims
         seed = seed_of(seed, generator)
         check_counts(
             seq_len=(seq_len, 1), num_workers=(num_workers or 0, 0), seed=(seed, 0), max_steps=(max_steps or 0, 0),

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mixloader.decision import Decider, Decision, Pending, Task
-from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.errors import ConfigError, MixLoaderError, RankError, StateError
 from mixloader.guards import Guards
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
 from mixloader.mixer_domains import MixerDomains
 from mixloader.mixer_state import MixerState
-from mixloader.mixture import as_fractions, as_weights, quantize, without
+from mixloader.mixture import quantize, without
 from mixloader.objective import Objective
 from mixloader.policies import Policy, make_policy
+from mixloader.ranks import Ranks, run_facts
 from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
@@ -52,10 +54,13 @@ class Mixer(MixerDomains, MixerState):
         `domain_weights`, at the same steps; hand these to domain_cross_entropy (objective.py).
     guards: bounds on the weights and on the time of the policy (guards.py).
     record_detail: the record has all that the policy saw, for learning from it (docs/record.md).
+    group: the process group of the loader's ranks; by default all processes, or those of the loader's mesh. Each rank
+        has a Mixer with the same arguments and makes the same calls, but for feedback(); rank 0 has the policy and the
+        record (docs/distributed.md).
 
     A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
     that raises or returns no mixture costs a warning and an event in the record: the weights stay.
-    Raises ConfigError, or what the policy's reset raises, before anything is changed.
+    Raises ConfigError, or what the policy's reset raises, before anything is changed; RankError if ranks differ.
     """
 
     def __init__(
@@ -72,45 +77,76 @@ class Mixer(MixerDomains, MixerState):
         act: str = "sampling",
         guards: Guards | None = None,
         record_detail: bool = False,
+        group: dist.ProcessGroup | None = None,
         **policy_options: Any,
     ):
-        if act not in ("sampling", "objective"):
-            raise ConfigError(f"act is {act!r}; expected 'sampling' or 'objective'")
-        if guards is not None:
-            guards.bind(loader.table)
-        _check_arguments(loader, decide_every=(decide_every, 1), lag=(lag, 0), token_budget=(token_budget, 1))
         self.loader, self.decide_every, self.lag = loader, decide_every, lag
         step_tokens = loader.global_batch * loader.seq_len
         if token_budget is None and loader.max_steps:
             token_budget = loader.max_steps * step_tokens
         self.token_budget = token_budget
-        self.policy = make_policy(policy, **policy_options)
-        if "influence" in self.policy.needs and influence is None:
-            raise ConfigError(
-                "the policy needs the signal 'influence', and this Mixer has none to give it; measure it with "
-                "Mixer(..., influence=Influence(model))"
-            )
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
+        self.policy: Policy | None = None
+        """On the rank that leads."""
+        self.influence = influence
+        self.ranks = Ranks.of(loader, torch.device(device), group)
+        try:
+            self.ranks.agree(lambda: self._checked(policy, act, guards), "in what they begin with")
+            self._begin(torch.device(device), record, act, guards, record_detail)
+        except BaseException:
+            self.ranks.close()
+            raise
+
+    def _checked(self, policy: str | Policy, act: str, guards: Guards | None) -> dict[str, Any]:
+        """Check the arguments and make the policy, where it is to be; gives what must be the same on all ranks."""
+        if act not in ("sampling", "objective"):
+            raise ConfigError(f"act is {act!r}; expected 'sampling' or 'objective'")
+        if guards is not None:
+            guards.bind(self.loader.table)
+        counts = {"decide_every": 1, "lag": 0, "token_budget": 1}
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if (name != "token_budget" or value is not None) and (type(value) is not int or value < least):
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if self.ranks.leads:
+            self.policy = make_policy(policy, **self._policy["options"])
+            if "influence" in self.policy.needs and self.influence is None:
+                raise ConfigError(
+                    "the policy needs the signal 'influence', and this Mixer has none to give it; measure it with "
+                    "Mixer(..., influence=Influence(model))"
+                )
+        if self.influence is not None:
+            self.influence.begin_with(self.loader)
+        if self.ranks.alone:
+            return {}
+        return run_facts(
+            self.loader, policy=self._policy, act=act, **{name: getattr(self, name) for name in counts},
+            guards=None if guards is None else guards.to_json(),
+            influence=None if self.influence is None else self.influence.settings(),
+        )  # fmt: skip
+
+    def _begin(
+        self, device: torch.device, record: str | Path | None, act: str, guards: Guards | None, detail: bool
+    ) -> None:
+        loader, influence, step_tokens = self.loader, self.influence, self.loader.global_batch * self.loader.seq_len
         self.stats = DomainStats(len(loader.names), device, names=loader.names)
-        self.influence = self.stats.influence = influence
-        if influence is not None:
-            influence.begin_with(loader)
+        self.stats.influence = influence
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
         self._before_reset = loader.state_dict()
         cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
         builder = ObservationBuilder(
-            loader.windows, loader.seq_len, token_budget, self._before_reset["step"] - 1, cursors
+            loader.windows, loader.seq_len, self.token_budget, self._before_reset["step"] - 1, cursors
         )
-        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, record_detail)
+        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, detail, self.ranks)
         self._objective = Objective(loader.units, self.stats.device) if act == "objective" else None
-        self._reset_policy(self._decider.policy.reset(loader.table))
+        self._reset_policy()
         self._after_reset = stream = loader.state_dict()
         self._next = stream["step"]  # the plan step that the next step() ends
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
         self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
-        self._feedback: dict[str, tuple[float, int]] = {}
+        self._reports: dict[str, tuple[float, int]] = {}  # feedback since the last decision
         self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
         self._snapshots: list[StatsSnapshot] = []
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
@@ -118,12 +154,12 @@ class Mixer(MixerDomains, MixerState):
         self._warned = self._closed = self._domains_changed = False
         self._exhausted = loader.exhausted
         header = make_header(
-            loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
-            token_budget=token_budget, **({} if influence is None else {"influence": influence.settings()}),
+            loader, self._next, self._in_force, policy=self._policy, decide_every=self.decide_every, lag=self.lag,
+            token_budget=self.token_budget, **({} if influence is None else {"influence": influence.settings()}),
             **({} if self._objective is None else {"act": act, "objective": self._objective.units}),
             **({} if guards is None else {"guards": guards.to_json()}),
         )  # fmt: skip
-        self._log = RunLog(record, header)
+        self._log = RunLog(record if self.ranks.leads else None, header)
 
     @property
     def domain_weights(self) -> torch.Tensor | None:
@@ -174,7 +210,7 @@ class Mixer(MixerDomains, MixerState):
         if self._next % self.decide_every == 0:
             self._submit(step, stream)
         elif self._next % self._snapshot_every == 0:
-            self._snapshots.append(self.stats.snapshot())
+            self._snapshots.append(self.stats.snapshot(self.ranks.sums))
         self._collect(self._next)
 
     def _end_influence(self, influence: Influence, step: int) -> None:
@@ -183,7 +219,7 @@ class Mixer(MixerDomains, MixerState):
                 f"influence stands at plan step {influence.step}, the mixer at {step}; when a run is resumed, load the "
                 "state of influence that was saved with the mixer's: mixer.influence.load_state_dict(...)"
             )
-        influence.end_step()
+        influence.end_step(self.ranks.sums)
 
     def skip(self, steps: int) -> int:
         """Leave out the next `steps` plan steps of the loader, between step() and the next batch.
@@ -206,7 +242,8 @@ class Mixer(MixerDomains, MixerState):
     def feedback(self, losses: Mapping[str, float]) -> None:
         """Tell the policy, from its next decision on, what an evaluation found.
 
-        losses: nats a token, lower is better, by name: "source", "target" or a domain's.
+        losses: nats a token, lower is better, by name: "source", "target" or a domain's. It may be called on any rank:
+        of those that do after the same plan step the mean counts.
         """
         known = {"source", "target", *self.loader.names}
         values = {name: float(value) for name, value in losses.items()}
@@ -216,7 +253,7 @@ class Mixer(MixerDomains, MixerState):
             if not math.isfinite(value):
                 raise ConfigError(f"the feedback for {name!r} is {value}; expected a finite number")
         step = self._next - 1
-        self._feedback.update({name: (value, step) for name, value in values.items()})
+        self._reports.update({name: (value, step) for name, value in values.items()})
         self._log.event("feedback", step, losses=values)
 
     # The clock
@@ -270,12 +307,14 @@ class Mixer(MixerDomains, MixerState):
             cursors=np.array(stream["cursors"], dtype=np.int64),
             units=self._effective(units),
             earlier=earlier,
-            feedback=dict(self._feedback),
+            reports=self._reports,
             sums=self._sums,
-            snapshots=[*self._snapshots, self.stats.snapshot()],
+            snapshots=[*self._snapshots, self.stats.snapshot(self.ranks.sums)],
             influence=None if self.influence is None else self.influence.snapshot(),
             exhausted=self._exhausted,
+            plan={} if self.ranks.alone else {"effect": effect, "acts on": units.tolist(), **stream},
         )
+        self._reports = {}
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
         self._pending.append(Pending(effect, self._decider.submit(task)))
 
@@ -296,11 +335,12 @@ class Mixer(MixerDomains, MixerState):
                 decision = pending.future.result()
             except Exception as error:
                 self._pending.popleft()
-                self._log.event("stats_error", self._next - 1, error=str(error))
+                if not isinstance(error, RankError):
+                    self._log.event("stats_error", self._next - 1, error=str(error))
                 raise
             self._pending.popleft()
             self._write_decision(decision, pending.stale, at=self._next - 1, change_loader=True)
-            if decision.error is not None and not self._warned:
+            if decision.error is not None and not self._warned and self.ranks.leads:
                 self._warned = True
                 warnings.warn(
                     f"policy {self._policy['name']!r} failed after plan step {decision.step}: {decision.error}; the "
@@ -321,17 +361,13 @@ class Mixer(MixerDomains, MixerState):
                 self._in_force = decision.units.tolist()
         self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
 
-    def _reset_policy(self, weights: np.ndarray | None) -> None:
-        """Begin with the table of domains as it is, and with the weights that the policy wants for it, if any."""
-        loader = self.loader
-        before = loader.units if self._objective is None else self._objective.units
-        if weights is None and self._decider.guards is None:
-            return
-        units = self._decider.first(as_weights(as_fractions(before) if weights is None else weights, loader.names))
-        if self._objective is not None:
-            self._objective.units = units
-        elif weights is not None or np.abs(units - before).max() > 1:
-            loader.set_weights(units)
+    def _reset_policy(self, goes_on: bool = False) -> None:
+        """Begin, or go on, with the table of domains as it is, and with the weights that the policy wants for it."""
+        units = self._decider.reset(self.loader.units if self._objective is None else self._objective.units, goes_on)
+        if units is not None and self._objective is not None:
+            self._objective.units = np.array(units, dtype=np.int64)
+        elif units is not None:
+            self.loader.set_weights(np.array(units, dtype=np.int64))
 
     # The end
 
@@ -354,6 +390,7 @@ class Mixer(MixerDomains, MixerState):
                 self._finish()
         finally:
             self._decider.close()
+            self.ranks.close()
             self._log.close()
             if self.influence is not None:
                 self.influence.close()
@@ -367,14 +404,3 @@ class Mixer(MixerDomains, MixerState):
 def _drawn(stream: Mapping[str, Any], step: int) -> list[int]:
     """The integer weights that plan step `step`, the last one begun, was drawn with."""
     return [units for start, _, units in stream["weights"] if start <= step][-1]
-
-
-def _check_arguments(loader: MixLoader, **counts: tuple[int | None, int]) -> None:
-    if loader.world_size != 1:
-        raise ConfigError(
-            f"the loader has world_size {loader.world_size}; a Mixer sees the losses of its own process only, so for "
-            "now it works in a single one"
-        )
-    for name, (value, least) in counts.items():
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")

@@ -12,7 +12,6 @@ from mixloader.decision import Decider, Pending
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
 from mixloader.objective import Objective
-from mixloader.policies.base import change_domains
 from mixloader.runlog import RunLog
 from mixloader.stats import DomainStats
 
@@ -37,7 +36,7 @@ class MixerDomains:
 
         def _check_between_steps(self) -> None: ...
         def _drain(self) -> None: ...
-        def _reset_policy(self, weights: np.ndarray | None) -> None: ...
+        def _reset_policy(self, goes_on: bool = False) -> None: ...
 
     def add_domain(self, name: str, data: Any, weight: float = 0.0) -> None:
         """As MixLoader.add_domain, between step() and the next batch.
@@ -66,7 +65,7 @@ class MixerDomains:
             removed = np.array([name in loader.removed for name in loader.names])
             self._objective.grow(loader.units, removed)
         self._decider.change_domains(loader.table, loader.removed, loader.windows)
-        self._reset_policy(change_domains(self._decider.policy, loader.table))
+        self._reset_policy(goes_on=True)
         more = len(loader.names) - len(self._in_force)
         old = self.stats
         self.stats = DomainStats(

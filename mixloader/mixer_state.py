@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from mixloader.decision import Decider, Decision, Pending
 from mixloader.errors import MixLoaderError, StateError
 from mixloader.loader import MixLoader
 from mixloader.objective import Objective
+from mixloader.ranks import Ranks
 from mixloader.runlog import RunLog
 from mixloader.stats import DomainStats, StatsSnapshot
 
@@ -34,7 +37,8 @@ class MixerState:
     _next: int
     _version: int
     _in_force: list[int]
-    _feedback: dict[str, tuple[float, int]]
+    _reports: dict[str, tuple[float, int]]
+    ranks: Ranks
     _snapshots: list[StatsSnapshot]
     _sums: np.ndarray
     _pending: deque[Pending]
@@ -51,12 +55,14 @@ class MixerState:
         """All that a resumed run needs to decide as this one; JSON-able, exact, a few KB.
 
         Waits for the decisions under way, and until the record is on the disk. Save it together with
-        the state of the loader, between step() and the next batch.
+        the state of the loader, between step() and the next batch. All ranks call it, and get the same.
         """
         self._check_between_steps()
         self._notice_changes(self.loader.state_dict())
         self._collect(self._next)
         self._drain()
+        self._decider.report(self._reports)
+        self._reports = {}
         pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
         self._log.flush()
         return {
@@ -71,7 +77,7 @@ class MixerState:
             "in_force": self._in_force,
             "domains_changed": self._domains_changed,
             "decider": self._decider.state_dict(),
-            "feedback": {name: list(entry) for name, entry in self._feedback.items()},
+            "feedback": {name: list(entry) for name, entry in self._decider.feedback.items()},
             "sums": self._sums.tolist(),
             "pending": [{**decision, "stale": stale} for decision, stale in pending],
         }
@@ -79,9 +85,10 @@ class MixerState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. The loader's state of the same moment must be loaded, too.
 
-        Goes on with the record of the run. Raises StateError if the state is of another run or moment.
+        Goes on with the record of the run. All ranks call it with the same state, which may have been saved on another
+        number of them. Raises StateError if the state is of another run or moment, RankError if ranks differ.
         """
-        self._check_state(state)
+        self.ranks.agree(lambda: self._check_state(state), "in the state that they load")
         for pending in self._pending:
             pending.future.exception()
         self._decider.domains = self.loader.table
@@ -92,7 +99,8 @@ class MixerState:
             self._objective.units = np.array(state["objective"], dtype=np.int64)
         self._decider.removed, self._exhausted = self.loader.removed, self.loader.exhausted
         self._domains_changed = state["domains_changed"]
-        self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
+        self._reports = {}
+        self._decider.feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
         self.stats.snapshot()  # whatever was counted since is not part of the state
         self._snapshots, self._sums = [], np.array(state["sums"], dtype=np.int64)
         self._pending.clear()
@@ -111,7 +119,8 @@ class MixerState:
                 "before saving and before changing domains"
             )
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
+    def _check_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Refuse a state of another run; gives what says which one it is."""
         own = {
             "version": STATE_VERSION,
             "domains": list(self.loader.names),
@@ -142,9 +151,12 @@ class MixerState:
                     f"the mixer state has {key} {state[key]}, but the loader has {stream[key]}; load the state that "
                     "the loader had when the mixer's was saved"
                 )
+        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+        return {"step": state["step"], "digest of the state": digest}
 
     def _drain(self) -> None:
         """Add what was counted since the last decision to the sums that the next one is given."""
-        self._snapshots.append(self.stats.snapshot())
-        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
+        self._snapshots.append(self.stats.snapshot(self.ranks.sums))
+        with self.ranks.hearing("the statistics since the last decision"):
+            self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
         self._snapshots = []
