@@ -61,9 +61,9 @@ class MixerState:
         self._notice_changes(self.loader.state_dict())
         self._collect(self._next)
         self._drain()
-        self._decider.report(self._reports)
-        self._reports = {}
         pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
+        self._decider.report(self._reports)  # after them, as their thread speaks to other ranks, too
+        self._reports = {}
         self._log.flush()
         return {
             "version": STATE_VERSION,
@@ -88,9 +88,9 @@ class MixerState:
         Goes on with the record of the run. All ranks call it with the same state, which may have been saved on another
         number of them. Raises StateError if the state is of another run or moment, RankError if ranks differ.
         """
-        self.ranks.agree(lambda: self._check_state(state), "in the state that they load")
         for pending in self._pending:
             pending.future.exception()
+        self.ranks.agree(lambda: self._check_state(state), "in the state that they load")
         self._decider.domains = self.loader.table
         self._decider.load_state_dict(state["decider"])
         self._next, self._version = state["step"], state["weights_version"]

@@ -153,7 +153,7 @@ class Ranks:
 
     def alike(self, plan: Any, count: int) -> tuple[bool, int]:
         """Whether all ranks have the same JSON-able `plan`, by a digest, and the sum of their counts."""
-        digest = zlib.crc32(_encode(plan)) & ((1 << _DIGEST_BITS) - 1)
+        digest = _digest(plan)
         marks = torch.tensor([digest, digest * digest, count])
         with self.hearing("a digest of the plan of each"):
             dist.all_reduce(marks, group=self._control)
@@ -218,11 +218,12 @@ def plan_facts(stream: Mapping[str, Any]) -> dict[str, Any]:
     names = stream["domains"]
     facts = {key: value for key, value in stream.items() if not isinstance(value, list)}
     facts["domains"] = names
-    for step, _, units in stream["weights"]:
-        for name, unit in zip(names, units, strict=False):
-            facts[f"weight of {name!r} from step {step} on"] = unit / WEIGHT_ONE
+    step, _, units = stream["weights"][-1]
+    facts["step of the last change of weights"] = step
+    facts |= {f"weight of {name!r} from then on": unit / WEIGHT_ONE for name, unit in zip(names, units, strict=False)}
     for key in ("cursors", "residuals", "tokens_before"):
         facts |= {f"{key} of {name!r}": value for name, value in zip(names, stream[key], strict=False)}
+    facts["digest of all"] = _digest(stream)
     return facts
 
 
@@ -232,6 +233,10 @@ def _short(value: str) -> str:
 
 def _few(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _digest(value: Any) -> int:
+    return zlib.crc32(_encode(value)) & ((1 << _DIGEST_BITS) - 1)
 
 
 def _encode(value: Any) -> bytes:
