@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mixloader.loader import MixLoader
 
 T = TypeVar("T")
+_ALL = "digest of the rest"
 
 _MESSAGE = 4096  # bytes of a broadcast; what is longer takes a second one
 _DIGEST_BITS = 22  # so that a sum of squares over 2^19 ranks fits 63 bits
@@ -189,13 +190,13 @@ class Ranks:
 
 def raise_difference(found: Mapping[int, Mapping[str, Any]], where: str) -> None:
     """Raise RankError if the values of the ranks differ; it says which rank has what, for the first three."""
-    told = []
+    told: list[str] = []
     keys = dict.fromkeys(key for values in found.values() for key in values)
     for key in keys:
         holders: dict[str, list[int]] = {}
         for rank, values in found.items():
             holders.setdefault(json.dumps(values.get(key)), []).append(rank)
-        if len(holders) > 1:
+        if len(holders) > 1 and not (told and key == _ALL):
             each = [f"{_short(value)} on rank{'s' * (len(on) > 1)} {_few(on)}" for value, on in holders.items()]
             told.append(f"{key}: {', '.join(each[:4])}")
     if told:
@@ -223,7 +224,7 @@ def plan_facts(stream: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {f"weight of {name!r} from then on": unit / WEIGHT_ONE for name, unit in zip(names, units, strict=False)}
     for key in ("cursors", "residuals", "tokens_before"):
         facts |= {f"{key} of {name!r}": value for name, value in zip(names, stream[key], strict=False)}
-    facts["digest of all"] = _digest(stream)
+    facts[_ALL] = _digest(stream)
     return facts
 
 
