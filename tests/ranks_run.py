@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -26,7 +27,10 @@ HERE = Path(__file__).parent
 
 
 def run(check: str, ranks: int, folder: Path, wait: Sequence[int] | None = None, **options: Any) -> list[Any]:
-    """What `check` of this file returned on each of `ranks` processes. wait: on which of them, by default all."""
+    """What `check`, of this file or ranks_models.py, returned on each of `ranks` processes.
+
+    wait: for which of them; by default all.
+    """
     folder.mkdir(exist_ok=True)
     path = os.pathsep.join([str(HERE), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -253,7 +257,8 @@ def main(check: str, folder: str, ranks: str, options: str, rank: str) -> None:
     store = dist.FileStore(f"{folder}/store-{check}", int(ranks))
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(ranks), timeout=timeout)
-    result = globals()[check](Path(folder), int(rank), int(ranks), **json.loads(options))
+    call = globals().get(check) or getattr(importlib.import_module("ranks_models"), check)
+    result = call(Path(folder), int(rank), int(ranks), **json.loads(options))
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     if check != "dies":
         dist.barrier()
