@@ -239,7 +239,18 @@ def saved(data: str, folder: Path, rank: int) -> dict[str, Any]:
         state = {"tensor": tensor, "run": SavedRun(loader, mixer)}
         dcp.load(state, checkpoint_id=folder / "saved")
         resumed = draw(loader, mixer, STEPS, rank, 2)
-    return {"same": resumed == expected, "tensor": tensor.tolist(), "batches": len(resumed)}
+    return {"expected": expected, "resumed": resumed, "tensor": tensor.tolist()}
+
+
+def resumed_alone(data: str, folder: Path) -> list[Any]:
+    """The batches of one process that goes on from what `saved` has saved."""
+    import torch.distributed.checkpoint as dcp
+
+    from mixloader.saved import SavedRun
+
+    with open_loader(data, 1) as loader, Mixer(loader, RandomWalk(), decide_every=3, lag=2) as mixer:
+        dcp.load({"run": SavedRun(loader, mixer)}, checkpoint_id=folder / "saved", no_dist=True)
+        return draw(loader, mixer, STEPS, 0, 1)
 
 
 def dies(folder: Path, rank: int, ranks: int, data: str) -> str:
