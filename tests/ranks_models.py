@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ from mixloader.train.model import build_model
 ROWS, T = 12, 16
 SIZES = ModelConfig(**{**vars(MODEL), "dropout": 0.0, "n_layer": 2, "vocab_size": VOCAB_SIZE, "seq_len": T})
 TABLE = ("value", "std", "gram", "row_norm_sq", "rows", "step")
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -76,7 +85,7 @@ def train_model(
 
 
 def live(kind: str, data: str, ranks: int) -> dict[str, Any]:
-    return train_model(kind, data, ranks, steps=30, policy=Chase())
+    return train_model(kind, data, ranks, steps=20, policy=Chase())
 
 
 def objective(kind: str, data: str, ranks: int) -> dict[str, Any]:
@@ -87,9 +96,9 @@ class Killed(Exception):
     pass
 
 
-def train_run(data: str, out: Path, dies_at: int | None = None) -> dict[str, Any] | None:
+def train_run(data: str, out: Path, dies_at: int | None = None, seed: int = 0) -> dict[str, Any] | None:
     """The reference trainer, which dies in the middle of a plan step on all ranks; then None."""
-    changes = {"grad_accumulation_steps": 2, "batch_size": 2, "feedback": True}
+    changes = {"grad_accumulation_steps": 2, "batch_size": 2, "feedback": True, "seed": seed}
     config = tiny_config(Path(data), out, **changes, influence={"rank": 4, "stride": 2, "probe_every": 3})
     step = trainer.Trainer._train_step
 
@@ -123,4 +132,5 @@ def models(folder: Path, rank: int, ranks: int, data: str) -> dict[str, Any]:
         "whole": whole,
         "again": train_run(data, folder / "whole"),
         "resumed": train_run(data, folder / "died"),
+        "other seed": error_of(lambda: train_run(data, folder / "whole", seed=7)),
     }

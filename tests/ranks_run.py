@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ranks_models
 import torch
 import torch.distributed as dist
 from mixing import RandomWalk, Told, count, train
+from ranks_models import error_of
 
 from mixloader import MixLoader
 from mixloader.mixer import Mixer
@@ -45,14 +46,6 @@ def run(check: str, ranks: int, folder: Path, wait: Sequence[int] | None = None,
         for rank in wait:
             assert started[rank].wait(timeout=120) == 0, (folder / f"{rank}.err").read_text()[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in wait]
-
-
-def error_of(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 # One run, on any number of ranks
@@ -113,6 +106,19 @@ def scripted(data: str, rank: int, ranks: int) -> list[Any]:
         return draw(loader, mixer, 6, rank, ranks)
 
 
+def changed(data: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Steps are skipped, a domain comes and another goes."""
+    with open_loader(data, ranks) as loader, Mixer(loader, RandomWalk(0.01)) as mixer:
+        batches = draw(loader, mixer, 3, rank, ranks)
+        mixer.skip(2)
+        batches += draw(loader, mixer, 8, rank, ranks)
+        mixer.add_domain("more", Path(data).parent / "code", 0.25)
+        batches += draw(loader, mixer, 11, rank, ranks)
+        mixer.remove_domain("web")
+        batches += draw(loader, mixer, STEPS, rank, ranks)
+        return {"batches": batches, "weights": loader.state_dict()["weights"]}
+
+
 def objective(data: str, rank: int, ranks: int) -> list[Any]:
     loader = open_loader(data, ranks, weights=[0.5, 0.3, 0.2])
     with loader, Mixer(loader, RandomWalk(0.01), act="objective") as mixer:
@@ -143,6 +149,7 @@ def two(folder: Path, rank: int, ranks: int, data: str, states: dict[str, Any]) 
         "whole": whole(data, folder, rank, ranks, accumulation=2),
         "rest": rest(data, folder, rank, ranks, states["whole"]),
         "rest of seldom": rest(data, folder, rank, ranks, states["seldom"], every=3),
+        "changed": changed(data, rank, ranks),
         "errors": errors(data, folder, rank),
         "saved": saved(data, folder, rank),
     }
@@ -268,7 +275,7 @@ def main(check: str, folder: str, ranks: str, options: str, rank: str) -> None:
     store = dist.FileStore(f"{folder}/store-{check}", int(ranks))
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(ranks), timeout=timeout)
-    call = globals().get(check) or getattr(importlib.import_module("ranks_models"), check)
+    call = globals().get(check) or getattr(ranks_models, check)
     result = call(Path(folder), int(rank), int(ranks), **json.loads(options))
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     if check != "dies":

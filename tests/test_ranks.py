@@ -104,6 +104,13 @@ def test_G3_the_state_is_the_same_on_every_rank_and_goes_on_on_another_number(on
         assert stream([ranks_run.rest(data, tmp_path, 0, 1, states[1], every)]) == after
 
 
+def test_domains_that_come_and_go_and_skipped_steps_are_the_same_on_all_ranks(two, data):
+    expected = ranks_run.changed(data, 0, 1)
+    assert stream([each["changed"]["batches"] for each in two]) == stream([expected["batches"]])
+    assert all(each["changed"]["weights"] == expected["weights"] for each in two)
+    assert {3, 4}.isdisjoint(stream([expected["batches"]]))
+
+
 def test_objective_weights_are_the_same_on_all_ranks(one, four):
     assert len(set(map(tuple, one["objective"]))) > 3
     assert all(each["objective"] == one["objective"] for each in four)

@@ -49,7 +49,7 @@ def test_G2_a_live_policy_decides_the_same_on_all_ranks_and_nearly_so_on_another
     assert both[0]["live"]["weights"] == both[1]["live"]["weights"]
     assert both[0]["live"]["losses"] == both[1]["live"]["losses"]
     ours, theirs = np.array(both[0]["live"]["weights"]), np.array(ranks_models.live("alone", data, 1)["weights"])
-    assert len(np.unique(ours[:, 0])) > 20
+    assert len(np.unique(ours[:, 0])) > 15
     # Sums of gradients are rounded in another order, and what a policy makes of that grows with the run.
     assert np.abs(ours - theirs).max() < 1e-4
 
@@ -80,4 +80,7 @@ def test_the_reference_trainer_resumes_exactly_on_two_ranks(both):
     assert mine.decisions == theirs.decisions
     assert mine.attempts == 2
     assert metrics(resumed.parent) == metrics(whole.parent)
+    said = "StateError: {} holds a run with seed = 0, but now it is 7; go on with the former value"
+    assert both[0]["other seed"].startswith(said.format(whole.parent))
+    assert both[1]["other seed"].startswith("RankError: rank 0 failed: " + said.format(whole.parent))
     assert both[0]["whole"]["tokens"] == 12 * 2 * 2 * 2 * 16

@@ -44,14 +44,10 @@ def test_the_fsdp2_example_goes_on_from_its_checkpoint(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-000003", "step-000011"]
 
 
-def test_the_trainer_runs_under_torchrun_and_its_error_is_one_sentence(data, tmp_path):
+def test_the_trainer_runs_under_torchrun(data, tmp_path):
     config = tiny_config(data, tmp_path / "out", policy="agent", steps=4).to_dict()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     done = torchrun(tmp_path, "-m", "mixloader", "train", "config.yaml", "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("4 steps, 512 tokens") == 1
     assert read_record(tmp_path / "out" / "record.jsonl").header["global_batch"] == 8
-    done = torchrun(tmp_path, "-m", "mixloader", "train", "config.yaml", "--seed", "7")
-    assert done.returncode != 0
-    assert "out holds a run with seed = 0, but now it is 7" in done.stderr
-    assert "error: rank 0 failed: StateError: " in done.stderr
