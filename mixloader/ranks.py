@@ -218,6 +218,7 @@ def plan_facts(stream: Mapping[str, Any]) -> dict[str, Any]:
     """A loader's state as values that say what they are, for raise_difference."""
     names = stream["domains"]
     facts = {key: value for key, value in stream.items() if not isinstance(value, list)}
+    facts["fingerprint of the data"] = facts.pop("fingerprint")
     facts["domains"] = names
     step, _, units = stream["weights"][-1]
     facts["step of the last change of weights"] = step

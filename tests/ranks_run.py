@@ -51,7 +51,7 @@ def run(check: str, ranks: int, folder: Path, wait: Sequence[int] | None = None,
 # One run, on any number of ranks
 
 
-def open_loader(data: str, ranks: int, accumulation: int = 1, **options: Any) -> MixLoader:
+def open_loader(data: Any, ranks: int, accumulation: int = 1, **options: Any) -> MixLoader:
     rows = ROWS // (ranks * accumulation)
     return MixLoader(data, rows, T, grad_accumulation_steps=accumulation, **{"seed": 3, "num_workers": 0, **options})
 
@@ -174,11 +174,12 @@ def errors(data: str, folder: Path, rank: int) -> dict[str, str]:
         ("weights", {"weights": [1, 1 + rank, 1]}, {}),
         ("batch size", {"accumulation": 1 + rank}, {}),
         ("lag", {}, {"lag": 1 + rank}),
+        ("data", {"data": {domain: Path(data).parent / domain for domain in ("web", "code", "math")[: 2 + rank]}}, {}),
         ("option", {}, {"decide_every": 1 - rank}),
         ("policy", {}, {"policy": ("natural", "uniform")[rank]}),
         ("unknown", {}, {"policy": "magic"}),
     ):
-        with open_loader(data, 2, **loader_options) as loader:
+        with open_loader(**{"data": data, "ranks": 2, **loader_options}) as loader:
             found[name] = error_of(
                 lambda loader=loader, options=options: Mixer(loader, **{"policy": "natural", **options})
             )

@@ -10,7 +10,8 @@ from corpora import tagged_domains
 from ranks_run import ROWS, STEPS, run
 
 from mixloader import Manifest, MixLoader
-from mixloader.errors import WeightsError
+from mixloader.errors import ConfigError, WeightsError
+from mixloader.mixer import Mixer
 from mixloader.record import read_record
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -134,6 +135,8 @@ def test_ranks_of_a_mesh_that_share_rows_follow_one_decision(one, four):
         ("weights", "weight of 'web' from then on: 0.33"),
         ("batch size", "batch_size: 4 on rank 0, 2 on rank 1; grad_accumulation_steps: 1 on rank 0, 2 on rank 1"),
         ("lag", "lag: 1 on rank 0, 2 on rank 1"),
+        ("data", 'domains: ["web", "code"] on rank 0, ["web", "code", "math"] on rank 1'),
+        ("data", "fingerprint of the data: "),
         (
             "policy",
             'policy: {"name": "natural", "options": {}} on rank 0, {"name": "uniform", "options": {}} on rank 1',
@@ -187,6 +190,23 @@ def test_a_rank_that_dies_is_told_within_the_lag(data, tmp_path):
     (said,) = run("dies", 2, tmp_path, wait=[0], data=data)
     assert "RankError: rank 0 waited for" in said
     assert "Another rank has died or is stuck" in said
+
+
+def test_process_groups_that_do_not_fit_the_loader_are_refused(data, monkeypatch):
+    def making(**options):
+        with MixLoader(data, 4, 8, num_workers=0, **options) as loader, Mixer(loader, group=dist.group.WORLD) as mixer:
+            return mixer.ranks.alone
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert making()
+        with pytest.raises(ConfigError, match="loader is rank 1 of 2, but this process is rank 0 of 1 in the process"):
+            making(world_size=2, rank=1)
+        monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        with pytest.raises(ConfigError, match=r"on device 'cpu', and the process group takes no tensors .*cuda:nccl"):
+            making()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_change_from_another_thread_on_many_ranks_needs_a_step(data):
