@@ -92,6 +92,47 @@ def objective(kind: str, data: str, ranks: int) -> dict[str, Any]:
     return train_model(kind, data, ranks, steps=8, accumulation=2, policy=Chase(), act="objective")
 
 
+def train_and_resume(data: str, folder: Path) -> dict[str, Any]:
+    """FSDP2 and torch.distributed.checkpoint: six steps at a stretch, and in two parts; what each ended with."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    from mixloader.saved import SavedRun
+
+    def part(saves: bool, resumes: bool) -> dict[str, Any]:
+        torch.manual_seed(int(resumes))  # other parameters, until those of the checkpoint are loaded
+        model = sharded(build_model(SIZES))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        sketches = Influence(model, rank=4, stride=1, probe_every=2, probe_rows=3, half_life=20.0)
+        loader = MixLoader(data, ROWS // 2, T, seed=1)
+        batches = []
+        with loader, Mixer(loader, "influence", influence=sketches) as mixer:
+
+            def states() -> dict[str, Any]:
+                parameters, moments = get_state_dict(model, optimizer)
+                return {"model": parameters, "moments": moments, "run": SavedRun(loader, mixer)}
+
+            if resumes:
+                loaded = states()
+                dcp.load(loaded, checkpoint_id=folder)
+                set_state_dict(model, optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["moments"])
+            while loader.step < 6:
+                if saves and loader.step == 3:
+                    dcp.save(states(), checkpoint_id=folder)
+                batch = next(loader)
+                batches.append(batch["input_ids"].tolist())
+                logits = model(batch["input_ids"])
+                domain_cross_entropy(logits, batch["targets"], batch["domain_ids"], stats=mixer.stats).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                mixer.step()
+            weights = loader.units.tolist()
+        parameters = [p.full_tensor().tolist() for p in model.parameters()]
+        return {"batches": batches[-3:], "weights": weights, "parameters": parameters}
+
+    return {"whole": part(True, False), "resumed": part(False, True)}
+
+
 class Killed(Exception):
     pass
 
@@ -129,6 +170,7 @@ def models(folder: Path, rank: int, ranks: int, data: str) -> dict[str, Any]:
         **found,
         "live": live("ddp", data, ranks),
         "objective": objective("ddp", data, ranks),
+        "fsdp2": train_and_resume(data, folder / "fsdp2"),
         "whole": whole,
         "again": train_run(data, folder / "whole"),
         "resumed": train_run(data, folder / "died"),

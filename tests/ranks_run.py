@@ -134,8 +134,9 @@ def objective(data: str, rank: int, ranks: int) -> list[Any]:
 # The worlds
 
 
-def four(folder: Path, rank: int, ranks: int, data: str) -> dict[str, Any]:
+def four(folder: Path, rank: int, ranks: int, data: str, state: dict[str, Any]) -> dict[str, Any]:
     return {
+        "rest": rest(data, folder, rank, ranks, state),
         "whole": whole(data, folder, rank, ranks),
         "seldom": whole(data, folder, rank, ranks, every=3),
         "scripted": scripted(data, rank, ranks),

@@ -39,8 +39,8 @@ def one(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four(data, tmp_path_factory):
-    return run("four", 4, tmp_path_factory.mktemp("four"), data=data)
+def four(data, one, tmp_path_factory):
+    return run("four", 4, tmp_path_factory.mktemp("four"), data=data, state=one["whole"]["state"])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,8 @@ def test_G3_the_state_is_the_same_on_every_rank_and_goes_on_on_another_number(on
         assert stream([each[key] for each in two]) == after
         every = 3 if name == "seldom" else 1
         assert stream([ranks_run.rest(data, tmp_path, 0, 1, states[1], every)]) == after
+        if name == "whole":
+            assert stream([each["rest"] for each in four]) == after, "saved by one process"
 
 
 def test_domains_that_come_and_go_and_skipped_steps_are_the_same_on_all_ranks(two, data):

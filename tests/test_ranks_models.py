@@ -63,6 +63,12 @@ def test_objective_weights_and_accumulation_are_those_of_one_process(both, data)
     assert len({tuple(factors) for factors in expected["factors"]}) > 4
 
 
+def test_fsdp2_resumes_exactly_from_torch_distributed_checkpoint(both):
+    for each in both:
+        assert each["fsdp2"]["resumed"] == each["fsdp2"]["whole"], "batches, weights and parameters, bit for bit"
+        assert len(set(each["fsdp2"]["whole"]["weights"])) == 3
+
+
 def metrics(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{**json.loads(line), "tokens_per_second": 0} for line in lines]
