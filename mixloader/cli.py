@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -74,8 +75,11 @@ def train_verb(argv: Sequence[str]) -> int:
     config = TrainConfig.load(path, overrides)
     from mixloader.train.trainer import train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"  # of those that torchrun has started
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
     result = train(config, progress=False if args.no_progress else None)
+    if not first:
+        return 0
     print(f"{'domain':<24}{'before':>10}{'after':>10}   (held-out loss, nats a token)")
     for name, before in result.losses_before.items():
         print(f"{name:<24}{before:>10.4f}{result.losses_after[name]:>10.4f}")

@@ -85,7 +85,7 @@ class TrainConfig:
     roots: folders outside a manifest's own that it may name shards in.
     out: the run's folder: checkpoints, record.jsonl, metrics.jsonl, result.json.
     seed: of the initial parameters, of dropout and of the order of the data.
-    steps: optimizer steps. batch_size: rows a micro-batch. seq_len: tokens a row.
+    steps: optimizer steps. batch_size: rows a micro-batch, on each process. seq_len: tokens a row.
     grad_accumulation_steps: micro-batches a step.
     policy, policy_options: what decides the mixture ("natural", "uniform", "fixed", "fields", "agent").
     weights: the mixture of the first steps, by domain; None leaves it to the policy.

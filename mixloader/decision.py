@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from mixloader.influence_table import InfluenceSnapshot, InfluenceTable
 from mixloader.mixture import as_fractions, as_weights, quantize, without
 from mixloader.observation import DomainTable, Observation
 from mixloader.policies import Policy
+from mixloader.policies.base import change_domains
+from mixloader.ranks import Ranks, plan_facts
 from mixloader.signals import ObservationBuilder, numbers_from_json, numbers_to_json, rows_to_json
 from mixloader.stats import StatsSnapshot, StatsTable
 
@@ -85,9 +87,10 @@ class Task:
 
     effect: the plan step from which the decision holds. cursors: int64 [D], windows drawn so far.
     units: int64 [D], the weights of `effect` as the loader knows them; earlier: decisions under way that
-    will have changed them by then. feedback: by name, the latest value and the step it was reported after.
-    sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to them. influence: up to `step`.
-    exhausted: domains that have run out by `step`.
+    will have changed them by then. reports: feedback that this rank was given since the last task: by name, the latest
+    value and the step it was reported after. sums: int64 [D + 1, columns], of DomainStats; snapshots: to be added to
+    them. influence: up to `step`. exhausted: domains that have run out by `step`. plan: the loader's state and what
+    else must be the same on all ranks, of which there are several.
     """
 
     step: int
@@ -95,11 +98,12 @@ class Task:
     cursors: np.ndarray
     units: np.ndarray
     earlier: list[Future[Decision]]
-    feedback: dict[str, tuple[float, int]]
+    reports: dict[str, tuple[float, int]]
     sums: np.ndarray
     snapshots: list[StatsSnapshot]
     influence: InfluenceSnapshot | None = None
     exhausted: tuple[str, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -121,23 +125,28 @@ class Pending:
 class Decider:
     """Runs a policy in a thread of its own, one task after the other.
 
-    domains: the policy was reset with them. builder: of the observations. removed: names that get no weight.
-    guards: what holds for its weights. detail: whether decisions tell all that the policy saw.
+    policy: None on ranks that do not lead, which are told what comes of each task. domains: the policy was reset with
+    them. builder: of the observations. removed: names that get no weight. guards: what holds for its weights.
+    detail: whether decisions tell all that the policy saw. ranks: on which the same tasks are handed in.
+
+    feedback: by name, the latest value and the step it was reported after, as of the last task.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | None,
         domains: DomainTable,
         builder: ObservationBuilder,
         removed: tuple[str, ...] = (),
         guards: Guards | None = None,
         detail: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.detail = detail
         self.domains, self.builder, self.removed, self.guards = domains, builder, removed, guards
-        self.policy = policy
-        if guards is not None and guards.deadline_s is not None:
+        self.policy, self.ranks = policy, Ranks() if ranks is None else ranks
+        self.feedback: dict[str, tuple[float, int]] = {}
+        if policy is not None and guards is not None and guards.deadline_s is not None:
             self.policy = TimedPolicy(policy, guards.deadline_s)
         self._bounds = None if guards is None else guards.bind(domains, check=False)
         # The executor's thread is no daemon; the interpreter joins it at exit if close() was not called.
@@ -153,14 +162,53 @@ class Decider:
         self._bounds = None if self.guards is None else self.guards.bind(domains, check=False)
         self.builder.grow(windows)
 
+    def reset(self, before: np.ndarray, goes_on: bool = False) -> list[int] | None:
+        """Reset the policy, and give the integer weights to begin with; None to stay with `before`, int64 [D].
+
+        goes_on: in mid-run, with other domains; it may remember what it saw. A collective, as state_dict.
+        """
+        return self.ranks.told(lambda: self._reset(before, goes_on))
+
+    def _reset(self, before: np.ndarray, goes_on: bool) -> list[int] | None:
+        assert self.policy is not None
+        weights = change_domains(self.policy, self.domains) if goes_on else self.policy.reset(self.domains)
+        if weights is None and self.guards is None:
+            return None
+        wanted = as_weights(as_fractions(before) if weights is None else weights, self.domains.names)
+        wanted = without(self.removed, wanted, self.domains.names)
+        units = quantize(wanted if self._bounds is None else self._bounds.bound(wanted, self._closed(())))
+        # One unit, 2^-30, may be a matter of rounding.
+        return units.tolist() if weights is not None or np.abs(units - before).max() > 1 else None
+
     def state_dict(self) -> dict[str, Any]:
-        """Only while no task is under way, as load_state_dict. JSON-able and exact."""
+        """Only while no task is under way, as load_state_dict. JSON-able and exact, the same on all ranks, which all
+        call it."""
+        return self.ranks.told(self._state)
+
+    def _state(self) -> dict[str, Any]:
+        assert self.policy is not None
         return {"policy": self.policy.state_dict(), "signals": self.builder.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.policy.reset(self.domains)
-        self.policy.load_state_dict(state["policy"])
+        if self.policy is not None:
+            self.policy.reset(self.domains)
+            self.policy.load_state_dict(state["policy"])
         self.builder.load_state_dict(state["signals"])
+
+    def report(self, reports: Mapping[str, tuple[float, int]]) -> None:
+        """Take the feedback that ranks were given, which all call: of each name the latest.
+
+        Where several ranks were given it after the same step, the mean of them counts.
+        """
+        given: dict[str, list[tuple[float, int]]] = {}
+        for of_one in self.ranks.gather(reports).values():
+            for name, (value, step) in of_one.items():
+                given.setdefault(name, []).append((value, step))
+        for name, entries in given.items():
+            last = max(step for _, step in entries)
+            values = [value for value, step in entries if step == last]
+            # The mean of equal numbers may be another one, by rounding.
+            self.feedback[name] = (values[0] if len(set(values)) == 1 else math.fsum(values) / len(values), last)
 
     def close(self) -> None:
         """End the thread, after the tasks that were handed in."""
@@ -170,12 +218,27 @@ class Decider:
 
     def decide(self, task: Task) -> Decision:
         """What the thread runs for a task."""
-        stats = StatsTable(task.sums + sum(snapshot.wait().sums for snapshot in task.snapshots))
-        influence = None if task.influence is None else task.influence.wait()
+        reported = len(task.reports)
+        if not self.ranks.alone:
+            alike, reported = self.ranks.alike(task.plan, reported)
+            if not alike:
+                self.ranks.agree(lambda: plan_facts(task.plan), f"after plan step {task.step}")
+        if reported:
+            self.report(task.reports)
+        # Summed over ranks, so a bad token is an error on all of them.
+        with self.ranks.hearing(f"the statistics up to plan step {task.step}"):
+            stats = StatsTable(task.sums + sum(snapshot.wait().sums for snapshot in task.snapshots))
+            influence = None if task.influence is None else task.influence.wait()
+        if self.ranks.alone:
+            return self._answer(task, stats, influence)
+        return Decision.from_json(self.ranks.told(lambda: self._answer(task, stats, influence).to_json()))
+
+    def _answer(self, task: Task, stats: StatsTable, influence: InfluenceTable | None) -> Decision:
+        assert self.policy is not None
         before, cursors_before = self.builder.step, self.builder.cursors
         in_force = _in_force(task)
         observation = self.builder.build(
-            task.step, task.effect, task.cursors, in_force, stats, task.feedback, influence
+            task.step, task.effect, task.cursors, in_force, stats, self.feedback, influence
         )
         units, requested, error = None, None, None
         new = observation.loss.age == 0
@@ -200,18 +263,13 @@ class Decider:
             counts=task.cursors - cursors_before,
             loss=loss,
             loss_tokens=loss_tokens,
-            feedback={name: value for name, (value, step) in task.feedback.items() if step >= before},
+            feedback={name: value for name, (value, step) in self.feedback.items() if step >= before},
             units=units,
             error=error,
             influence=rows_to_json(influence.value) if influence is not None and measured else None,
             requested=requested,
             detail=_detail(observation, new, influence if measured else None) if self.detail else None,
         )
-
-    def first(self, weights: np.ndarray) -> np.ndarray:
-        """int64 [D]: the integer weights for float64 [D], of a run or of a new table of domains, between the bounds."""
-        weights = without(self.removed, weights, self.domains.names)
-        return quantize(weights if self._bounds is None else self._bounds.bound(weights, self._closed(())))
 
     def _guarded(
         self, answer: Any, in_force: np.ndarray, tokens_since: int, exhausted: tuple[str, ...]

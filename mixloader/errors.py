@@ -29,6 +29,10 @@ class ConfigError(MixLoaderError, ValueError):
     """A configuration with an unknown key or a value out of range."""
 
 
+class RankError(MixLoaderError, RuntimeError):
+    """Ranks that do not train the same run, or one that is gone. The message names the rank and what differs."""
+
+
 class RecordError(MixLoaderError, ValueError):
     """A run record that cannot be read or does not belong to this data."""
 

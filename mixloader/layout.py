@@ -94,6 +94,28 @@ def mesh_ranks(mesh: DeviceMesh, dims: Sequence[str] | None = None) -> tuple[int
     So tensor-, context- and pipeline-parallel ranks get the same rows. dims: names, outermost first; by
     default those in DATA_DIMS. Raises ValueError for a mesh without names, or without such a dimension.
     """
+    names, chosen = _data_dims(mesh, dims)
+    world_size, rank = 1, 0
+    for name in chosen:
+        size = mesh.size(names.index(name))
+        world_size, rank = world_size * size, rank * size + mesh.get_local_rank(name)
+    return world_size, rank
+
+
+def mesh_members(mesh: DeviceMesh, dims: Sequence[str] | None = None) -> tuple[list[int], list[int]]:
+    """Global ranks of this process's data-parallel group, by their rank in mesh_ranks, and of the whole mesh.
+
+    The first of the latter has rank 0 in all dimensions.
+    """
+    names, chosen = _data_dims(mesh, dims)
+    order = [names.index(name) for name in (*(n for n in names if n not in chosen), *chosen)]
+    groups = mesh.mesh.permute(order).reshape(-1, mesh_ranks(mesh, dims)[0]).tolist()
+    (mine,) = (group for group in groups if torch.distributed.get_rank() in group)
+    return mine, [rank for group in groups for rank in group]
+
+
+def _data_dims(mesh: DeviceMesh, dims: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
+    """The names of all dimensions, and of the data-parallel ones, outermost first."""
     names = mesh.mesh_dim_names
     if names is None:
         raise ValueError("the dimensions of the mesh have no names; make it with mesh_dim_names=")
@@ -104,8 +126,4 @@ def mesh_ranks(mesh: DeviceMesh, dims: Sequence[str] | None = None) -> tuple[int
     if unknown or (dims is None and not chosen):
         found = f"no dimension {unknown[0]!r}" if unknown else "no dimension that is known to be data-parallel"
         raise ValueError(f"the mesh has {found}; its dimensions are {', '.join(names)}: name them in mesh_dims=")
-    world_size, rank = 1, 0
-    for name in chosen:
-        size = mesh.size(names.index(name))
-        world_size, rank = world_size * size, rank * size + mesh.get_local_rank(name)
-    return world_size, rank
+    return names, chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ class LiveMixture:
     _drawing: Any
     _schedule: FollowedSchedule | None
     _tokens_before: list[int]
+    _drawer: int | None
+    world_size: int
     _prior: list[int] | None
 
     if TYPE_CHECKING:
@@ -74,11 +77,16 @@ class LiveMixture:
 
         weights: as for MixLoader, or int64 [D] that sum to WEIGHT_ONE, which are taken as they are.
         Returns the first step with these weights. Batches read ahead for that step and after are
-        dropped and filled anew, so the change is never late. With several ranks every rank makes
-        the same call. A schedule ends at that step. Raises WeightsError and changes nothing if the weights
-        are no mixture or the step has begun.
+        dropped and filled anew, so the change is never late. With several ranks every rank makes the same call, and
+        one from another thread than draws the batches says the step. A schedule ends at that step. Raises WeightsError
+        and changes nothing if the weights are no mixture or the step has begun.
         """
         units = self._units(weights)
+        if step is None and self.world_size > 1 and self._drawer not in (None, threading.get_ident()):
+            raise WeightsError(
+                "set_weights() was called from another thread than draws the batches, on one of several ranks, so the "
+                "ranks might take it up at different steps; say from which step on, the same on all: step="
+            )
         if step is not None:
             _check_step(step)
         if self._schedule is None:

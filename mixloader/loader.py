@@ -115,6 +115,7 @@ class MixLoader(LiveMixture, DataLoaderSurface):
     ):
         check_torch_arguments(torch_arguments, num_workers, prefetch_factor)
         layout = Layout.resolve(batch_size, grad_accumulation_steps, global_batch, world_size, rank, mesh, mesh_dims)
+        self.mesh, self.mesh_dims = mesh, mesh_dims
         seed = seed_of(seed, generator)
         check_counts(
             seq_len=(seq_len, 1), num_workers=(num_workers or 0, 0), seed=(seed, 0), max_steps=(max_steps or 0, 0),
@@ -167,6 +168,7 @@ class MixLoader(LiveMixture, DataLoaderSurface):
         self._tokens_before = [0] * len(self.names)
         self._prior: list[int] | None = None  # integer weights that the table has had since domains were added
         self._drawing = threading.RLock()  # two threads that draw get whole batches, each its own
+        self._drawer: int | None = None  # the thread that drew last, with several ranks
         self._closed_state: dict[str, Any] | None = None
         self.fill = 0
         """The number of the filling of the batch drawn last: see peek()."""
@@ -181,6 +183,8 @@ class MixLoader(LiveMixture, DataLoaderSurface):
 
     def __next__(self) -> dict[str, Any]:
         self._core.position()  # raises in a forked child, where the lock may be held for ever
+        if self.world_size > 1:
+            self.__dict__["_drawer"] = threading.get_ident()
         with self._drawing:
             if self.max_steps is not None and self._core.position()[0] >= self.max_steps:
                 raise StopIteration

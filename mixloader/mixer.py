@@ -9,31 +9,33 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mixloader.decision import Decider, Decision, Pending, Task
-from mixloader.errors import ConfigError, MixLoaderError, StateError
+from mixloader.errors import ConfigError, MixLoaderError, RankError, StateError
 from mixloader.guards import Guards
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
-from mixloader.mixture import as_fractions, as_weights, quantize, without
+from mixloader.mixer_domains import MixerDomains
+from mixloader.mixer_state import MixerState
+from mixloader.mixture import quantize, without
 from mixloader.objective import Objective
 from mixloader.policies import Policy, make_policy
-from mixloader.policies.base import change_domains
+from mixloader.ranks import Ranks, run_facts
 from mixloader.runlog import RunLog, make_header
 from mixloader.signals import ObservationBuilder
 from mixloader.stats import MAX_TOKENS, DomainStats, StatsSnapshot
 
-STATE_VERSION = 1
 _SCHEDULED_SKIP = 100_000  # steps, each of which is looked at
 
 
-class Mixer:
+class Mixer(MixerDomains, MixerState):
     """Lets a policy set the mixture of a loader while a model trains on its batches.
 
     Give `stats` to domain_cross_entropy, and call step() once after each optimizer step.
@@ -52,10 +54,13 @@ class Mixer:
         `domain_weights`, at the same steps; hand these to domain_cross_entropy (objective.py).
     guards: bounds on the weights and on the time of the policy (guards.py).
     record_detail: the record has all that the policy saw, for learning from it (docs/record.md).
+    group: the process group of the loader's ranks; by default all processes, or those of the loader's mesh. Each rank
+        has a Mixer with the same arguments and makes the same calls, but for feedback(); rank 0 has the policy and the
+        record (docs/distributed.md).
 
     A change by hand (loader.set_weights) holds against decisions that did not know of it. A policy
     that raises or returns no mixture costs a warning and an event in the record: the weights stay.
-    Raises ConfigError, or what the policy's reset raises, before anything is changed.
+    Raises ConfigError, or what the policy's reset raises, before anything is changed; RankError if ranks differ.
     """
 
     def __init__(
@@ -72,45 +77,76 @@ class Mixer:
         act: str = "sampling",
         guards: Guards | None = None,
         record_detail: bool = False,
+        group: dist.ProcessGroup | None = None,
         **policy_options: Any,
     ):
-        if act not in ("sampling", "objective"):
-            raise ConfigError(f"act is {act!r}; expected 'sampling' or 'objective'")
-        if guards is not None:
-            guards.bind(loader.table)
-        _check_arguments(loader, decide_every=(decide_every, 1), lag=(lag, 0), token_budget=(token_budget, 1))
         self.loader, self.decide_every, self.lag = loader, decide_every, lag
         step_tokens = loader.global_batch * loader.seq_len
         if token_budget is None and loader.max_steps:
             token_budget = loader.max_steps * step_tokens
         self.token_budget = token_budget
-        self.policy = make_policy(policy, **policy_options)
-        if "influence" in self.policy.needs and influence is None:
-            raise ConfigError(
-                "the policy needs the signal 'influence', and this Mixer has none to give it; measure it with "
-                "Mixer(..., influence=Influence(model))"
-            )
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
+        self.policy: Policy | None = None
+        """On the rank that leads."""
+        self.influence = influence
+        self.ranks = Ranks.of(loader, torch.device(device), group)
+        try:
+            self.ranks.agree(lambda: self._checked(policy, act, guards), "in what they begin with")
+            self._begin(torch.device(device), record, act, guards, record_detail)
+        except BaseException:
+            self.ranks.close()
+            raise
+
+    def _checked(self, policy: str | Policy, act: str, guards: Guards | None) -> dict[str, Any]:
+        """Check the arguments and make the policy, where it is to be; gives what must be the same on all ranks."""
+        if act not in ("sampling", "objective"):
+            raise ConfigError(f"act is {act!r}; expected 'sampling' or 'objective'")
+        if guards is not None:
+            guards.bind(self.loader.table)
+        counts = {"decide_every": 1, "lag": 0, "token_budget": 1}
+        for name, least in counts.items():
+            value = getattr(self, name)
+            if (name != "token_budget" or value is not None) and (type(value) is not int or value < least):
+                raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if self.ranks.leads:
+            self.policy = make_policy(policy, **self._policy["options"])
+            if "influence" in self.policy.needs and self.influence is None:
+                raise ConfigError(
+                    "the policy needs the signal 'influence', and this Mixer has none to give it; measure it with "
+                    "Mixer(..., influence=Influence(model))"
+                )
+        if self.influence is not None:
+            self.influence.begin_with(self.loader)
+        if self.ranks.alone:
+            return {}
+        return run_facts(
+            self.loader, policy=self._policy, act=act, **{name: getattr(self, name) for name in counts},
+            guards=None if guards is None else guards.to_json(),
+            influence=None if self.influence is None else self.influence.settings(),
+        )  # fmt: skip
+
+    def _begin(
+        self, device: torch.device, record: str | Path | None, act: str, guards: Guards | None, detail: bool
+    ) -> None:
+        loader, influence, step_tokens = self.loader, self.influence, self.loader.global_batch * self.loader.seq_len
         self.stats = DomainStats(len(loader.names), device, names=loader.names)
-        self.influence = self.stats.influence = influence
-        if influence is not None:
-            influence.begin_with(loader)
+        self.stats.influence = influence
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
 
         self._before_reset = loader.state_dict()
         cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
         builder = ObservationBuilder(
-            loader.windows, loader.seq_len, token_budget, self._before_reset["step"] - 1, cursors
+            loader.windows, loader.seq_len, self.token_budget, self._before_reset["step"] - 1, cursors
         )
-        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, record_detail)
+        self._decider = Decider(self.policy, loader.table, builder, loader.removed, guards, detail, self.ranks)
         self._objective = Objective(loader.units, self.stats.device) if act == "objective" else None
-        self._reset_policy(self._decider.policy.reset(loader.table))
+        self._reset_policy()
         self._after_reset = stream = loader.state_dict()
         self._next = stream["step"]  # the plan step that the next step() ends
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
         self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
-        self._feedback: dict[str, tuple[float, int]] = {}
+        self._reports: dict[str, tuple[float, int]] = {}  # feedback since the last decision
         self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
         self._snapshots: list[StatsSnapshot] = []
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
@@ -118,12 +154,12 @@ class Mixer:
         self._warned = self._closed = self._domains_changed = False
         self._exhausted = loader.exhausted
         header = make_header(
-            loader, self._next, self._in_force, policy=self._policy, decide_every=decide_every, lag=lag,
-            token_budget=token_budget, **({} if influence is None else {"influence": influence.settings()}),
+            loader, self._next, self._in_force, policy=self._policy, decide_every=self.decide_every, lag=self.lag,
+            token_budget=self.token_budget, **({} if influence is None else {"influence": influence.settings()}),
             **({} if self._objective is None else {"act": act, "objective": self._objective.units}),
             **({} if guards is None else {"guards": guards.to_json()}),
         )  # fmt: skip
-        self._log = RunLog(record, header)
+        self._log = RunLog(record if self.ranks.leads else None, header)
 
     @property
     def domain_weights(self) -> torch.Tensor | None:
@@ -174,7 +210,7 @@ class Mixer:
         if self._next % self.decide_every == 0:
             self._submit(step, stream)
         elif self._next % self._snapshot_every == 0:
-            self._snapshots.append(self.stats.snapshot())
+            self._snapshots.append(self.stats.snapshot(self.ranks.sums))
         self._collect(self._next)
 
     def _end_influence(self, influence: Influence, step: int) -> None:
@@ -183,7 +219,7 @@ class Mixer:
                 f"influence stands at plan step {influence.step}, the mixer at {step}; when a run is resumed, load the "
                 "state of influence that was saved with the mixer's: mixer.influence.load_state_dict(...)"
             )
-        influence.end_step()
+        influence.end_step(self.ranks.sums)
 
     def skip(self, steps: int) -> int:
         """Leave out the next `steps` plan steps of the loader, between step() and the next batch.
@@ -203,26 +239,11 @@ class Mixer:
         self._log.event("skip", begin, steps=steps)
         return self._next
 
-    def add_domain(self, name: str, data: Any, weight: float = 0.0) -> None:
-        """As MixLoader.add_domain, between step() and the next batch.
-
-        The policy goes on with the new table: it forgets what it saw, unless it can do better, as the agent can
-        (policies.base.change_domains). `stats` is a new object from here on, with a row for the new domain.
-        """
-        self._change_domains(lambda: self.loader.add_domain(name, data, weight))
-
-    def remove_domain(self, name: str) -> None:
-        """As MixLoader.remove_domain; see add_domain."""
-        self._change_domains(lambda: self.loader.remove_domain(name))
-
-    def split_domain(self, name: str, parts: Mapping[str, Sequence[int]]) -> None:
-        """As MixLoader.split_domain; see add_domain."""
-        self._change_domains(lambda: self.loader.split_domain(name, parts))
-
     def feedback(self, losses: Mapping[str, float]) -> None:
         """Tell the policy, from its next decision on, what an evaluation found.
 
-        losses: nats a token, lower is better, by name: "source", "target" or a domain's.
+        losses: nats a token, lower is better, by name: "source", "target" or a domain's. It may be called on any rank:
+        of those that do after the same plan step the mean counts.
         """
         known = {"source", "target", *self.loader.names}
         values = {name: float(value) for name, value in losses.items()}
@@ -232,7 +253,7 @@ class Mixer:
             if not math.isfinite(value):
                 raise ConfigError(f"the feedback for {name!r} is {value}; expected a finite number")
         step = self._next - 1
-        self._feedback.update({name: (value, step) for name, value in values.items()})
+        self._reports.update({name: (value, step) for name, value in values.items()})
         self._log.event("feedback", step, losses=values)
 
     # The clock
@@ -286,12 +307,14 @@ class Mixer:
             cursors=np.array(stream["cursors"], dtype=np.int64),
             units=self._effective(units),
             earlier=earlier,
-            feedback=dict(self._feedback),
+            reports=self._reports,
             sums=self._sums,
-            snapshots=[*self._snapshots, self.stats.snapshot()],
+            snapshots=[*self._snapshots, self.stats.snapshot(self.ranks.sums)],
             influence=None if self.influence is None else self.influence.snapshot(),
             exhausted=self._exhausted,
+            plan={} if self.ranks.alone else {"effect": effect, "acts on": units.tolist(), **stream},
         )
+        self._reports = {}
         self._snapshots, self._sums = [], np.zeros_like(self._sums)
         self._pending.append(Pending(effect, self._decider.submit(task)))
 
@@ -312,11 +335,12 @@ class Mixer:
                 decision = pending.future.result()
             except Exception as error:
                 self._pending.popleft()
-                self._log.event("stats_error", self._next - 1, error=str(error))
+                if not isinstance(error, RankError):
+                    self._log.event("stats_error", self._next - 1, error=str(error))
                 raise
             self._pending.popleft()
             self._write_decision(decision, pending.stale, at=self._next - 1, change_loader=True)
-            if decision.error is not None and not self._warned:
+            if decision.error is not None and not self._warned and self.ranks.leads:
                 self._warned = True
                 warnings.warn(
                     f"policy {self._policy['name']!r} failed after plan step {decision.step}: {decision.error}; the "
@@ -337,160 +361,13 @@ class Mixer:
                 self._in_force = decision.units.tolist()
         self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
 
-    def _reset_policy(self, weights: np.ndarray | None) -> None:
-        """Begin with the table of domains as it is, and with the weights that the policy wants for it, if any."""
-        loader = self.loader
-        before = loader.units if self._objective is None else self._objective.units
-        if weights is None and self._decider.guards is None:
-            return
-        units = self._decider.first(as_weights(as_fractions(before) if weights is None else weights, loader.names))
-        if self._objective is not None:
-            self._objective.units = units
-        elif weights is not None or np.abs(units - before).max() > 1:
-            loader.set_weights(units)
-
-    def _change_domains(self, change: Callable[[], int]) -> None:
-        """Decisions under way do not know the new domains: they are told in the record, but not applied."""
-        self._check_between_steps()
-        decided = [pending.future.result() for pending in self._pending]
-        self._drain()
-        change()
-        loader = self.loader
-        if self._objective is not None:
-            removed = np.array([name in loader.removed for name in loader.names])
-            self._objective.grow(loader.units, removed)
-        self._decider.change_domains(loader.table, loader.removed, loader.windows)
-        self._reset_policy(change_domains(self._decider.policy, loader.table))
-        more = len(loader.names) - len(self._in_force)
-        old = self.stats
-        self.stats = DomainStats(
-            len(loader.names),
-            old.device,
-            names=loader.names,
-            distribution=old.distribution,
-            token_bytes=old.token_bytes,
-        )
-        self.stats.influence = self.influence
-        if self.influence is not None:
-            self.influence.grow(loader.names)
-        self._sums = np.insert(self._sums, [len(self._sums) - 1] * more, 0, axis=0)
-        self._pending = deque(Pending.decided(decision.grown(more), stale=True) for decision in decided)
-        self._version = loader.state_dict()["weights_version"]
-        self._in_force = loader.units_at(self._next).tolist()
-        self._domains_changed = True
-        self._write_domains()
-
-    def _write_domains(self) -> None:
-        loader = self.loader
-        self._log.event(
-            "domains", self._next, manifest=loader.manifest.fingerprint, domains=list(loader.names),
-            fields=list(loader.table.fields), removed=list(loader.removed), weights=self._in_force,
-            **({} if self._objective is None else {"objective": self._objective.units}),
-        )  # fmt: skip
-
-    def _drain(self) -> None:
-        """Add what was counted since the last decision to the sums that the next one is given."""
-        self._snapshots.append(self.stats.snapshot())
-        self._sums = self._sums + sum(snapshot.wait().sums for snapshot in self._snapshots)
-        self._snapshots = []
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to decide as this one; JSON-able, exact, a few KB.
-
-        Waits for the decisions under way, and until the record is on the disk. Save it together with
-        the state of the loader, between step() and the next batch.
-        """
-        self._check_between_steps()
-        self._notice_changes(self.loader.state_dict())
-        self._collect(self._next)
-        self._drain()
-        pending = [(p.future.result().to_json(), p.stale) for p in self._pending]
-        self._log.flush()
-        return {
-            "version": STATE_VERSION,
-            "domains": list(self.loader.names),
-            "decide_every": self.decide_every,
-            "lag": self.lag,
-            "policy": self._policy["name"],
-            **({} if self._objective is None else {"objective": self._objective.units.tolist()}),
-            "step": self._next,
-            "weights_version": self._version,
-            "in_force": self._in_force,
-            "domains_changed": self._domains_changed,
-            "decider": self._decider.state_dict(),
-            "feedback": {name: list(entry) for name, entry in self._feedback.items()},
-            "sums": self._sums.tolist(),
-            "pending": [{**decision, "stale": stale} for decision, stale in pending],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken. The loader's state of the same moment must be loaded, too.
-
-        Goes on with the record of the run. Raises StateError if the state is of another run or moment.
-        """
-        self._check_state(state)
-        for pending in self._pending:
-            pending.future.exception()
-        self._decider.domains = self.loader.table
-        self._decider.load_state_dict(state["decider"])
-        self._next, self._version = state["step"], state["weights_version"]
-        self._in_force = list(state["in_force"])
-        if self._objective is not None:
-            self._objective.units = np.array(state["objective"], dtype=np.int64)
-        self._decider.removed, self._exhausted = self.loader.removed, self.loader.exhausted
-        self._domains_changed = state["domains_changed"]
-        self._feedback = {name: (value, step) for name, (value, step) in state["feedback"].items()}
-        self.stats.snapshot()  # whatever was counted since is not part of the state
-        self._snapshots, self._sums = [], np.array(state["sums"], dtype=np.int64)
-        self._pending.clear()
-        for entry in state["pending"]:
-            decision = Decision.from_json({key: value for key, value in entry.items() if key != "stale"})
-            self._pending.append(Pending.decided(decision, entry["stale"]))
-        self._log.resume(self._next)
-        if state["domains_changed"]:
-            self._write_domains()  # a resume ends what the record says of this step
-
-    def _check_between_steps(self) -> None:
-        step = self.loader.state_dict()["step"]
-        if step != self._next:
-            raise MixLoaderError(
-                f"the loader stands at plan step {step}, but mixer.step() has not ended step {self._next} yet; call it "
-                "before saving and before changing domains"
-            )
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        own = {
-            "version": STATE_VERSION,
-            "domains": list(self.loader.names),
-            "decide_every": self.decide_every,
-            "lag": self.lag,
-            "policy": self._policy["name"],
-        }
-        for key, value in own.items():
-            if state.get(key) != value:
-                raise StateError(
-                    f"the mixer state has {key} {state.get(key)!r}; this mixer has {value!r}; resume with the settings "
-                    "of the run that saved it"
-                )
-        if ("objective" in state) != (self._objective is not None):
-            acts = {True: "objective", False: "sampling"}
-            raise StateError(
-                f"the mixer state is of a run with act={acts['objective' in state]!r}; this mixer has the other; "
-                "resume with the settings of the run that saved it"
-            )
-        stream = self.loader.state_dict()
-        if stream == self._after_reset and stream["weights_version"] != state["weights_version"]:
-            # The loader was resumed before this Mixer was made, which then began a new run on it.
-            self.loader.load_state_dict(self._before_reset)
-            stream = self._before_reset
-        for key in ("step", "weights_version"):
-            if stream[key] != state[key]:
-                raise StateError(
-                    f"the mixer state has {key} {state[key]}, but the loader has {stream[key]}; load the state that "
-                    "the loader had when the mixer's was saved"
-                )
+    def _reset_policy(self, goes_on: bool = False) -> None:
+        """Begin, or go on, with the table of domains as it is, and with the weights that the policy wants for it."""
+        units = self._decider.reset(self.loader.units if self._objective is None else self._objective.units, goes_on)
+        if units is not None and self._objective is not None:
+            self._objective.units = np.array(units, dtype=np.int64)
+        elif units is not None:
+            self.loader.set_weights(np.array(units, dtype=np.int64))
 
     # The end
 
@@ -513,6 +390,7 @@ class Mixer:
                 self._finish()
         finally:
             self._decider.close()
+            self.ranks.close()
             self._log.close()
             if self.influence is not None:
                 self.influence.close()
@@ -526,14 +404,3 @@ class Mixer:
 def _drawn(stream: Mapping[str, Any], step: int) -> list[int]:
     """The integer weights that plan step `step`, the last one begun, was drawn with."""
     return [units for start, _, units in stream["weights"] if start <= step][-1]
-
-
-def _check_arguments(loader: MixLoader, **counts: tuple[int | None, int]) -> None:
-    if loader.world_size != 1:
-        raise ConfigError(
-            f"the loader has world_size {loader.world_size}; a Mixer sees the losses of its own process only, so for "
-            "now it works in a single one"
-        )
-    for name, (value, least) in counts.items():
-        if value is not None and (type(value) is not int or value < least):
-            raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")

@@ -93,8 +93,12 @@ class RunLog:
             self._record.event("end", step=step)
 
     def flush(self) -> None:
-        """Return when all lines are on the disk."""
-        self.begin()
+        """Return when all lines are on the disk.
+
+        A record that is there and was not begun here is left alone: whoever asks may be about to resume it.
+        """
+        if self._path is not None and not (self._path.exists() and self._path.stat().st_size):
+            self.begin()
         if self._record is not None:
             self._record.flush()
 

@@ -1,14 +1,10 @@
-"""A small model and rows for tests of influence, and what a process of a distributed test runs."""
+"""A small model and rows for tests of influence."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixloader.config import ModelConfig
@@ -64,44 +60,3 @@ def table(influence: Influence) -> InfluenceTable:
     snapshot = influence.snapshot()
     assert snapshot is not None
     return snapshot.wait()
-
-
-def train_on_ranks(kind: str, store: str, out: str, rank: int, ranks: int) -> None:
-    """Three steps of SGD on this rank's share of 12 rows; rank 0 writes the tables and the parameters' sum."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    model: nn.Module = small_model()
-    wrapped = model
-    if kind == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
-    elif kind == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.h:
-            fully_shard(block)
-        fully_shard(model)
-    influence, stats = begin(wrapped, 12 // ranks, probe_rows=5)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
-    tables = []
-    for step in range(3):
-        batch = {key: value[rank::ranks] for key, value in rows(12, step).items()}
-        backward(wrapped, stats, batch)
-        optimizer.step()
-        optimizer.zero_grad()
-        influence.end_step(dist.group.WORLD if ranks > 1 else None)
-        tables.append(table(influence))
-    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in wrapped.parameters()]
-    total = sum(float(p.detach().double().abs().sum()) for p in parameters)
-    keys = ("value", "std", "gram", "row_norm_sq", "rows", "step")
-    if rank == 0:
-        with open(out, "w") as file:
-            json.dump({"tables": [{k: getattr(t, k).tolist() for k in keys} for t in tables], "total": total}, file)
-    dist.barrier()
-    influence.close()
-    dist.destroy_process_group()
-    # gloo's threads under FSDP now and then abort a process whose interpreter goes down around them.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    train_on_ranks(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

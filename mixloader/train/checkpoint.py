@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixloader.config import ModelConfig
@@ -46,7 +47,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        state = {"version": VERSION, "step": step, **state, "rng": _rng_state()}
+        state = {"version": VERSION, "step": step, **state, "rng": rng_state()}
         _write(temporary, model, optimizer, state, None if influence is None else influence.state_dict())
         temporary.rename(final)
         sync(out)
@@ -81,13 +82,17 @@ def _write(
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, influence: Influence | None = None
 ) -> dict[str, Any]:
-    """Put a checkpoint into `model`, `optimizer`, `influence` and torch's generators, and return its state."""
+    """Put a checkpoint into `model`, `optimizer`, `influence` and torch's generators, and return its state.
+
+    Where ranks have generators of their own, these are in the state as "rngs", by rank.
+    """
     state = read_state(path)
     if influence is not None:
         influence.load_state_dict(_read_tensors(path / "influence.safetensors"))
     load_parameters(path / "model.safetensors", model)
     _load_optimizer(path / "optimizer.safetensors", model, optimizer)
-    _set_rng_state(state["rng"])
+    several = dist.is_available() and dist.is_initialized()
+    set_rng_state(state["rngs"][str(dist.get_rank())] if several else state["rng"])
     return state
 
 
@@ -204,14 +209,14 @@ def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
         raise StateError(f"{path} {what} parameter {name}; expected the parameters of a model of the same config")
 
 
-def _rng_state() -> dict[str, str]:
+def rng_state() -> dict[str, str]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {device: base64.b64encode(state.numpy().tobytes()).decode() for device, state in states.items()}
 
 
-def _set_rng_state(saved: dict[str, str]) -> None:
+def set_rng_state(saved: dict[str, str]) -> None:
     states = {
         device: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for device, text in saved.items()
     }

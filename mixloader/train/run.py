@@ -31,17 +31,22 @@ compared by its contents instead (`data`) or is in the checkpoint already (`init
 class RunFolder:
     """`out` of one run, held by one process at a time (a lock that the kernel releases when the process ends).
 
-    Raises ConfigError if the folder cannot be written to, StateError if another process trains into it.
+    writes: False on ranks that leave all writing to another one: they take no lock and write nothing.
+    Entering it raises ConfigError if the folder cannot be written to, StateError if another process trains into it.
     """
 
-    def __init__(self, out: str | Path) -> None:
-        self.path = Path(out)
+    def __init__(self, out: str | Path, writes: bool = True) -> None:
+        self.path, self.writes = Path(out), writes
         self.record = self.path / "record.jsonl"
         self.metrics = self.path / "metrics.jsonl"
         self.result = self.path / "result.json"
+
+    def __enter__(self) -> RunFolder:
+        if not self.writes:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+            self._lock = open(self.path / ".lock", "w")
         except OSError as error:
             raise ConfigError(f"cannot write to out = {self.path}: {error.strerror}; choose another folder") from error
         try:
@@ -49,12 +54,20 @@ class RunFolder:
         except OSError as error:
             self._lock.close()
             raise StateError(f"another process trains into {self.path}; wait for it or choose another out") from error
-
-    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self.writes:
+            self._lock.close()
+
+    def find(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The checkpoint to go on from, and the result if the run is finished; None for what is not there."""
+        path = self.checkpoint_of(identity)
+        finished = path is not None and self.result.exists()
+        return {
+            "checkpoint": None if path is None else str(path),
+            "result": json.loads(self.result.read_text(encoding="utf-8")) if finished else None,
+        }
 
     def checkpoint_of(self, identity: dict[str, Any]) -> Path | None:
         """The checkpoint to go on from, None for a fresh start.
@@ -92,11 +105,15 @@ class RunFolder:
             )
 
     def append_metrics(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(_compact(line))
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be trained again."""
+        if not self.writes:
+            return
         kept = [line for line in self._read_metrics() if line["step"] <= step]
         replace(self.metrics, "".join(_compact(line) for line in kept))
 

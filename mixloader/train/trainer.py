@@ -1,8 +1,9 @@
 """The reference training loop: loader, model, loss with statistics, optimizer, mixer; exact resume.
 
-Run it as `python -m mixloader train config.yaml`. The same command on a run that was killed goes on from
-its latest checkpoint, and the run ends with the parameters and the record that it would have had anyway:
-bit for bit on a CPU with the same number of threads; on a GPU as far as its kernels repeat themselves.
+Run it as `python -m mixloader train config.yaml`, or under torchrun on several processes (distributed.py). The same
+command on a run that was killed goes on from its latest checkpoint, and the run ends with the parameters and the
+record that it would have had anyway: bit for bit on a CPU with as many threads and processes; on a GPU as far as its
+kernels repeat themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixloader.config import TrainConfig
@@ -29,7 +31,9 @@ from mixloader.loader import MixLoader
 from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
+from mixloader.ranks import Ranks
 from mixloader.train import checkpoint as checkpoints
+from mixloader.train.distributed import data_parallel, joined, mean_over, without_sync
 from mixloader.train.model import build_model
 from mixloader.train.optimizer import build_optimizer, learning_rate_at
 from mixloader.train.parts import open_answers, open_guards, open_reference, policy_options
@@ -63,16 +67,30 @@ def train(config: TrainConfig, *, progress: bool | None = None) -> TrainResult:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    manifest = Manifest.open(config.data, roots=config.roots)
-    config = resolve(config, manifest, device)
-    with RunFolder(config.out) as folder:
-        resume_from = folder.checkpoint_of({**config.to_dict(), "manifest": manifest.fingerprint})
-        if folder.result.exists() and resume_from is not None:
+    with joined(config.device) as (ranks, device_name), ExitStack() as stack:
+        device = resolve_device(device_name)
+        manifest = Manifest.open(config.data, roots=config.roots)
+        config = resolve(config, manifest, device)
+        folder = RunFolder(config.out, writes=ranks.leads)
+
+        def begin() -> dict[str, Any]:
+            stack.enter_context(folder)
+            return identity_of(config, manifest, ranks)
+
+        ranks.agree(begin, "in what they train")
+        found = ranks.told(lambda: folder.find(identity_of(config, manifest, ranks)))
+        resume_from = None if found["checkpoint"] is None else Path(found["checkpoint"])
+        if found["result"] is not None and resume_from is not None:
             log.info("%s holds this run, finished; nothing was trained again", folder.path)
-            return _read_result(folder, resume_from)
-        with Trainer(config, manifest, device, folder, resume_from) as trainer:
+            return TrainResult(**found["result"], record=folder.record, checkpoint=resume_from)
+        with Trainer(config, manifest, device, folder, resume_from, ranks) as trainer:
             return trainer.run(progress)
+
+
+def identity_of(config: TrainConfig, manifest: Manifest, ranks: Ranks) -> dict[str, Any]:
+    """What tells a run from others, as plain values."""
+    several = {} if ranks.alone else {"world_size": len(ranks.members)}
+    return {**config.to_dict(), "manifest": manifest.fingerprint, **several}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -117,8 +135,10 @@ class Trainer:
         device: torch.device,
         folder: RunFolder,
         resume_from: Path | None,
+        ranks: Ranks,
     ) -> None:
         self.config, self.manifest, self.device, self.folder = config, manifest, device, folder
+        self.ranks = ranks
         self.step = 0
         self.seconds = 0.0
         torch.manual_seed(config.seed)
@@ -126,6 +146,9 @@ class Trainer:
         if config.init_from is not None and resume_from is None:
             checkpoints.load_parameters(Path(config.init_from), self.model)
         self.model.to(device)
+        self.forward = data_parallel(self.model, device, ranks)
+        if not ranks.leads:
+            torch.manual_seed(config.seed + dist.get_rank())  # for dropout of its own
         self.optimizer = build_optimizer(self.model, config)
         self.reference = open_reference(config, self.model, device)
         self.answers = open_answers(config, self.model, manifest)
@@ -162,7 +185,7 @@ class Trainer:
                 evaluate = self._due(config.eval_every)
                 write = evaluate or self._due(config.log_every)
                 # The only wait for the device, so it is also where the clock is right.
-                value = float(loss) if write else None
+                value = mean_over(self.ranks, loss) if write else None
                 self.seconds += time.perf_counter() - started
                 bar.update(self.tokens_per_step)
                 if value is not None:
@@ -184,32 +207,36 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(self.step, config)
         total = torch.zeros((), device=self.device)
-        for _ in range(config.grad_accumulation_steps):
-            batch = next(batches)
-            input_ids, targets, domain_ids = (
-                batch[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets", "domain_ids")
-            )
-            on_device = {"input_ids": input_ids, "targets": targets}
-            reference = None if self.reference is None else self.reference(on_device)
-            with self._autocast():
-                logits = self.model(input_ids)
-            loss = domain_cross_entropy(
-                logits,
-                targets,
-                domain_ids,
-                stats=self.mixer.stats,
-                reference_losses=reference,
-                domain_weights=self.mixer.domain_weights,
-            )
-            # Every micro-batch has as many tokens, so the mean of their means is the mean of the step.
-            loss = loss / config.grad_accumulation_steps
-            loss.backward()
-            total += loss.detach()
+        for left in reversed(range(config.grad_accumulation_steps)):
+            with without_sync(self.forward) if left else nullcontext():
+                total += self._train_micro_batch(next(batches))
         if config.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _train_micro_batch(self, batch: dict[str, Any]) -> Tensor:
+        """Its share of the step's gradient; returns its share of the loss."""
+        input_ids, targets, domain_ids = (
+            batch[key].to(self.device, non_blocking=True) for key in ("input_ids", "targets", "domain_ids")
+        )
+        on_device = {"input_ids": input_ids, "targets": targets}
+        reference = None if self.reference is None else self.reference(on_device)
+        with self._autocast():
+            logits = self.forward(input_ids)
+        loss = domain_cross_entropy(
+            logits,
+            targets,
+            domain_ids,
+            stats=self.mixer.stats,
+            reference_losses=reference,
+            domain_weights=self.mixer.domain_weights,
+        )
+        # Every micro-batch has as many tokens, so the mean of their means is the mean of the step.
+        loss = loss / self.config.grad_accumulation_steps
+        loss.backward()
+        return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype == "float32":
@@ -269,13 +296,16 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "config": {**self.config.to_dict(), "manifest": self.manifest.fingerprint},
+            "config": identity_of(self.config, self.manifest, self.ranks),
             "loader": self.loader.state_dict(),
             "mixer": self.mixer.state_dict(),
             "losses_before": self.before,
             "held_out": self.held_out,
             "seconds": self.seconds,
+            **({} if self.ranks.alone else {"rngs": self.ranks.gather(checkpoints.rng_state())}),
         }
+        if not self.ranks.leads:
+            return
         sync(self.folder.metrics)
         checkpoints.save_checkpoint(
             self.folder.path, self.step, self.model, self.optimizer, state, self.mixer.influence
@@ -301,10 +331,13 @@ class Trainer:
         }
         # The record is whole on disk before the result says that the run is.
         self._stack.close()
-        replace(self.folder.result, json.dumps(result, indent=1) + "\n")
-        latest = checkpoints.latest_checkpoint(self.folder.path)
-        assert latest is not None
-        return _read_result(self.folder, latest)
+
+        def write() -> list[Any]:
+            replace(self.folder.result, json.dumps(result, indent=1) + "\n")
+            return [result, str(checkpoints.latest_checkpoint(self.folder.path))]
+
+        result, latest = self.ranks.told(write)
+        return TrainResult(**result, record=self.folder.record, checkpoint=Path(latest))
 
     def _open_loader(self) -> MixLoader:
         config = self.config
@@ -355,10 +388,5 @@ class Trainer:
             initial=self.step * self.tokens_per_step,
             unit="tok",
             unit_scale=True,
-            disable=None if progress is None else not progress,
+            disable=True if not self.ranks.leads else None if progress is None else not progress,
         )
-
-
-def _read_result(folder: RunFolder, checkpoint: Path) -> TrainResult:
-    values = json.loads(folder.result.read_text(encoding="utf-8"))
-    return TrainResult(**values, record=folder.record, checkpoint=checkpoint)
