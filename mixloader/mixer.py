@@ -97,6 +97,8 @@ class Mixer:
             influence.begin_with(loader)
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
+        self.decision: Decision | None = None
+        """The last one that took effect, and what it was made of; None before the first and after a resume."""
 
         self._before_reset = loader.state_dict()
         cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
@@ -335,6 +337,7 @@ class Mixer:
                     self.loader.set_weights(decision.units, step=decision.effect)
                     self._version += 1
                 self._in_force = decision.units.tolist()
+        self.decision = decision
         self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
 
     def _reset_policy(self, weights: np.ndarray | None) -> None:
