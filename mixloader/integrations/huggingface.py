@@ -141,7 +141,10 @@ class MixTrainer(Trainer):
             ranks = self.mixer.loader.world_size if self.args.average_tokens_across_devices else 1
             options["denominator"] = num_items_in_batch / ranks
         targets, domain_ids = inputs["labels"], inputs["domain_ids"]
-        taken = {key: inputs[key] for key in ("input_ids", "position_ids") if key in inputs}
+        taken = {"input_ids": inputs["input_ids"]}
+        if "position_ids" in inputs:
+            # Without a cache, models keep the documents apart whose positions begin anew.
+            taken |= {"position_ids": inputs["position_ids"], "use_cache": False}
         if self._head is not None and not return_outputs:
             with self._head.returning(targets, domain_ids, options):
                 return _logits(model(**taken))
@@ -165,9 +168,9 @@ class MixTrainer(Trainer):
         table = self.mixer.loader.table
         known = ("source", "target", *table.names)
         told = {name: loss for name, loss in losses.items() if name in known and math.isfinite(loss)}
-        for field in {field for field in table.fields if field} - set(told):
+        for field in ("source", "target"):
             names = [name for name, of in zip(table.names, table.fields, strict=True) if of == field]
-            if all(name in told for name in names):
+            if field not in told and names and all(name in told for name in names):
                 told[field] = sum(told[name] for name in names) / len(names)
         if told:
             self.mixer.feedback(told)
