@@ -63,6 +63,7 @@ def main(data, out, iterations, accumulation, policy, how) -> nn.Module:
         block_size=16,
         gradient_accumulation_steps=accumulation,
         max_iters=iterations,
+        eval_interval=EVERY,
         policy=policy,
         record=out / "record.jsonl",
         influence={"stride": 2, "probe_every": 2, "rank": 4} if policy == "influence" else None,

@@ -106,27 +106,46 @@ def test_an_evaluation_sees_each_domain_alike_and_the_same_each_time(data):
 
 
 def test_weights_set_by_hand_hold_from_the_step_that_no_batch_was_drawn_of(data):
-    """nanoGPT holds the first micro-batch of the next step already: the state knows of both."""
+    """nanoGPT holds the first micro-batch of the next step when step() is over."""
     mix = open_mix(data, gradient_accumulation_steps=2)
-    x, y = mix("train")
-    for _ in range(2):
-        mix.loss(torch.zeros(4, 16, VOCAB_SIZE, requires_grad=True), y)
-        x, y = mix("train")
-    mix.step()
-    mix.loader.set_weights([0, 0, 1])
-    state = json.loads(json.dumps(mix.state_dict()))
-    again = open_mix(data, gradient_accumulation_steps=2, state=state)
-    held = [again("train")]
-    assert torch.equal(held[0][0], x)
-    for each in (mix, again):
-        _, y = (x, y) if each is mix else held[0]
-        each.loss(torch.zeros(4, 16, VOCAB_SIZE, requires_grad=True), y)
-        _, y = each("train")
-        each.loss(torch.zeros(4, 16, VOCAB_SIZE, requires_grad=True), y)
-        each("train")
-        each.step()
-        assert each._given[-1][1].tolist() == [2] * 4  # the step after the change is of one domain
-        each.close()
+    logits = torch.zeros(4, 16, VOCAB_SIZE, requires_grad=True)
+    drawn = []
+    held = mix("train")
+    for step in range(4):
+        for _ in range(2):
+            mix.loss(logits, held[1])
+            drawn.append((step, mix._given[-1][1].tolist()))
+            held = mix("train")
+        if step == 1:
+            mix.loader.set_weights([0, 0, 1])
+        mix.step()
+        if step == 1:
+            mix.loader.set_weights([0, 1, 0])
+    mix.close()
+    assert [ids for step, ids in drawn if step >= 2] == [[2] * 4] * 2 + [[1] * 4] * 2
+
+
+def test_a_state_is_to_be_had_after_step_or_every_eval_interval(data):
+    mix = open_mix(data, eval_interval=2)
+    logits = torch.zeros(4, 16, VOCAB_SIZE, requires_grad=True)
+    before = mix.state_dict()
+    held = mix("train")
+    states = []
+    for step in range(1, 5):
+        mix.loss(logits, held[1])
+        held = mix("train")
+        mix.step()
+        if step % 2:
+            with pytest.raises(MixLoaderError, match="every eval_interval steps"):
+                mix.state_dict()
+        else:
+            states.append(json.loads(json.dumps(mix.state_dict())))
+    mix.close()
+    assert [before["loader"]["step"], *(state["loader"]["step"] for state in states)] == [0, 2, 4]
+    again = open_mix(data, eval_interval=2, state=states[1])
+    assert torch.equal(again("train")[0], held[0])
+    assert again.state_dict() == states[1]  # nanoGPT saves its checkpoint again as it resumes
+    again.close()
 
 
 def test_data_of_nanogpt_and_llmc_are_read_where_they_are(tmp_path):

@@ -31,7 +31,8 @@ class MixedBatches:
 
     data: what MixLoader takes; nanoGPT's own train.bin and val.bin are read where they are. model: the bare GPT, before
         torch.compile or DDP wrap it. batch_size, block_size, gradient_accumulation_steps (of this rank), max_iters,
-        device: nanoGPT's variables of these names; it trains max_iters + 1 steps. Ranks are torch.distributed's.
+        eval_interval, device: nanoGPT's variables of these names; it trains max_iters + 1 steps, and saves checkpoints
+        every eval_interval. Ranks are torch.distributed's.
     state: what state_dict() gave, to go on from there. influence: options of Influence, {} for none; measured only if
         given. loader: options of MixLoader beside these. mixer_options: of Mixer: policy, record, lag, guards, ...
 
@@ -51,6 +52,7 @@ class MixedBatches:
         block_size: int,
         gradient_accumulation_steps: int = 1,
         max_iters: int | None = None,
+        eval_interval: int | None = None,
         device: torch.device | str = "cpu",
         seed: int = 1337,
         state: Mapping[str, Any] | None = None,
@@ -83,10 +85,11 @@ class MixedBatches:
         except BaseException:
             self.loader.close()
             raise
+        self._eval_interval = eval_interval
+        self._taken = None if state is None else dict(state)
         self._left = self.loader.grad_accumulation_steps  # micro-batches of this step that were not drawn yet
         self._promised: tuple[Tensor, Tensor] | None = None
         self._given: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)  # targets and their domains
-        self._before: dict[str, Any] = {}
         self._evaluating: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, split: str) -> tuple[Tensor, Tensor]:
@@ -136,6 +139,8 @@ class MixedBatches:
         self.mixer.step()
         self._left = self.loader.grad_accumulation_steps
         promised, self._promised = self._promised, None
+        due = self._eval_interval is not None and self.loader.step % self._eval_interval == 0
+        self._taken = self._state() if due else None
         if self.loader.max_steps is not None and self.loader.step >= self.loader.max_steps:
             self.close()
         elif promised is not None:
@@ -144,27 +149,28 @@ class MixedBatches:
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint, between step() and the next forward pass: plain values, and tensors of an Influence.
 
-        nanoGPT holds the first batch of the next step by then; after a resume that is drawn again.
+        nanoGPT holds the first batch of the next step by then, and of several ranks only one asks. So all take it in
+        step(), every eval_interval steps, before that batch is drawn.
         """
-        ahead = self.loader.grad_accumulation_steps - self._left
-        if ahead > 1 or self._promised is not None:
-            raise MixLoaderError("the state can be had between step() and the next forward pass only")
-        now = self.loader.state_dict()
-        if ahead:
-            self.loader.load_state_dict(_rewound(now, self._before))
-        try:
-            state: dict[str, Any] = {"loader": self.loader.state_dict(), "mixer": self.mixer.state_dict()}
-        finally:
-            if ahead:
-                self.loader.load_state_dict(now)
-        if self.mixer.influence is not None:
-            state["influence"] = self.mixer.influence.state_dict()
-        return state
+        if self._promised is None and self._left == self.loader.grad_accumulation_steps:
+            return self._state()
+        if self._taken is None:
+            raise MixLoaderError(
+                "a batch of the next step was drawn already, and no state was taken before; checkpoints are possible "
+                "every eval_interval steps: give eval_interval=, or ask for the state right after step()"
+            )
+        return self._taken
 
     def close(self) -> None:
         """End the record and the threads."""
         self.mixer.close()
         self.loader.close()
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"loader": self.loader.state_dict(), "mixer": self.mixer.state_dict()}
+        if self.mixer.influence is not None:
+            state["influence"] = self.mixer.influence.state_dict()
+        return state
 
     def _load(self, state: Mapping[str, Any]) -> None:
         missing = {"loader", "mixer"} - set(state)
@@ -176,8 +182,6 @@ class MixedBatches:
             self.mixer.influence.load_state_dict(state["influence"])
 
     def _draw(self, into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if self._left == self.loader.grad_accumulation_steps:
-            self._before = self.loader.state_dict()
         batch = next(self.loader)
         self._left -= 1
         x, y = self._on_device(batch, into)
@@ -233,14 +237,6 @@ class MixedBatches:
                 f"the data have a vocabulary of {found} ids, but the model has {vocab_size}; make the model with "
                 f"vocab_size={found} or more"
             )
-
-
-def _rewound(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """The state `before` a batch was drawn, with the weights that were set since for steps after it."""
-    entries = {entry[0]: entry for entry in before["weights"]}
-    entries |= {entry[0]: entry for entry in now["weights"] if entry[1] > before["weights_version"]}
-    weights = [entries[step] for step in sorted(entries)]
-    return {**before, "weights": weights, "weights_version": now["weights_version"]}
 
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
