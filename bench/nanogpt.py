@@ -1,8 +1,8 @@
 """nanoGPT's own train.py with its own loader and with mixloader, at fixed natural weights: loss curves, step times.
 
 `python -m bench.nanogpt NANOGPT` takes a checkout of karpathy/nanoGPT, of which nothing is part of this repository. The
-change to its train.py is the one that docs/nanogpt.md shows. Runs of one seed follow each other, so that what the
-machine does besides reaches both; both begin with the same parameters and see as many tokens.
+change to its train.py is the one that docs/nanogpt.md shows. The two runs of a seed take turns of a second, so that what
+the machine does besides reaches both; they begin with the same parameters and see as many tokens.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ import math
 import os
 import pickle
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from bench.common import ratios, spread, write_json
 
+KINDS = ("own", "mix")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "nanogpt.md"
 _LINE = re.compile(r"^iter (\d+): loss ([\d.]+), time ([\d.]+)ms", re.MULTILINE)
+_TURN = 1.0  # seconds
 _SETTLED = 10  # iterations, after which the times of a run are looked at
 _CONFIG = {
     "device": "cpu", "dtype": "float32", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64, "batch_size": 12,
@@ -70,28 +74,52 @@ def write_data(folder: Path) -> None:
         (folder / name / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
 
 
-def run(folder: Path, kind: str, seed: int, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and milliseconds of each iteration of train_<kind>.py, float64 [iterations + 1]."""
-    script = (folder / f"train_{kind}.py").read_text().replace("1337", str(seed))
-    (folder / "train.py").write_text(script)
-    config = _CONFIG | {
-        "dataset": kind,
-        "max_iters": iterations,
-        "lr_decay_iters": iterations,
-        "out_dir": f"out-{kind}-{seed}",
-    }
-    options = [f"--{key}={value}" for key, value in config.items()]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(DOCUMENT.parents[1]), os.environ.get("PYTHONPATH", "")])
-    }
-    result = subprocess.run(
-        [sys.executable, "train.py", *options], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    found = [tuple(map(float, groups)) for groups in _LINE.findall(result.stdout)]
-    if result.returncode or len(found) != iterations + 1:
-        raise RuntimeError(f"{kind}, seed {seed}:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
-    values = np.array(found)
-    return values[:, 1], values[:, 2]
+def run(folder: Path, seed: int, iterations: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Losses and milliseconds of each iteration, float64 [iterations + 1], of train_own.py and of train_mix.py."""
+    path = os.pathsep.join([str(DOCUMENT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    processes = {}
+    for kind in KINDS:
+        place = folder / f"{kind}-{seed}"
+        place.mkdir()
+        for file in ("model.py", "configurator.py"):
+            (place / file).symlink_to(folder / file)
+        (place / "data").symlink_to(folder / "data")
+        (place / "train.py").write_text((folder / f"train_{kind}.py").read_text().replace("1337", str(seed)))
+        config = _CONFIG | {"dataset": kind, "max_iters": iterations, "lr_decay_iters": iterations}
+        with (place / "out.txt").open("w") as out:
+            processes[kind] = subprocess.Popen(
+                [sys.executable, "-u", "train.py", *(f"--{key}={value}" for key, value in config.items())],
+                cwd=place,
+                env=os.environ | {"PYTHONPATH": path},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+    take_turns(list(processes.values()))
+    results = {}
+    for kind, process in processes.items():
+        output = (folder / f"{kind}-{seed}" / "out.txt").read_text()
+        values = np.array([tuple(map(float, groups)) for groups in _LINE.findall(output)])
+        if process.returncode or len(values) != iterations + 1:
+            raise RuntimeError(f"{kind}, seed {seed}:\n{output[-4000:]}")
+        results[kind] = values[:, 1], values[:, 2]
+    return results
+
+
+def take_turns(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let each process run for a moment while the others are stopped, until all have ended.
+
+    So whatever else slows the machine slows all of them. The iteration that is stopped seems long; a median forgets it.
+    """
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    while any(process.returncode is None for process in processes):
+        for process in processes:
+            if process.returncode is None:
+                process.send_signal(signal.SIGCONT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_TURN)
+                    continue
+                process.send_signal(signal.SIGSTOP)
 
 
 def compare(curves: Mapping[str, np.ndarray], parts: int = 5) -> list[dict[str, float]]:
@@ -125,7 +153,7 @@ def _std(values: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.nanogpt", description=__doc__)
     parser.add_argument("checkout", type=Path, help="a checkout of karpathy/nanoGPT")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind, in turn (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
     parser.add_argument("--iterations", type=int, default=300, help="of each run (default 300)")
     parser.add_argument("--json", type=Path, help="write the rows, hardware and versions to this file")
     args = parser.parse_args()
@@ -143,8 +171,7 @@ def main() -> None:
         (folder / "train_mix.py").write_text(mixed)
         write_data(folder / "data")
         for seed in range(args.seeds):
-            for kind in ("own", "mix") if seed % 2 else ("mix", "own"):
-                losses, milliseconds = run(folder, kind, seed, args.iterations)
+            for kind, (losses, milliseconds) in run(folder, seed, args.iterations).items():
                 curves[kind].append(losses)
                 times[kind].append(milliseconds[_SETTLED:])
                 middle = statistics.median(times[kind][-1])
@@ -156,14 +183,10 @@ def main() -> None:
             f"difference {row['difference']:+.4f} +- {row['standard_error']:.4f} "
             f"(own between seeds {row['own_std']:.4f})"
         )
-    steps = {}
-    for name, share in (("median", 50), ("fastest tenth", 10)):  # what else the machine does slows the median first
-        found = {kind: [float(np.percentile(each, share)) for each in several] for kind, several in times.items()}
-        steps[name] = {kind: spread(each) for kind, each in found.items()} | {
-            "ratio": ratios(found["mix"], found["own"])
-        }
-        ratio = steps[name]["ratio"]
-        print(f"step time ({name}), mixloader by own: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
+    medians = {kind: [statistics.median(each) for each in several] for kind, several in times.items()}
+    ratio = ratios(medians["mix"], medians["own"])
+    print(f"step time, mixloader by own: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
+    steps = {kind: spread(each) for kind, each in medians.items()} | {"ratio": ratio}
     write_json(args.json, rows, milliseconds=steps, config=_CONFIG, seeds=args.seeds, iterations=args.iterations)
 
 

@@ -276,6 +276,40 @@ def test_half_a_checkpoint_is_passed_over(whole, tmp_path):
         last_checkpoint(tmp_path)
 
 
+def test_trls_sfttrainer_resumes_on_the_same_terms(data, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl datasets)")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install trl datasets)")
+    from tokenizers import Tokenizer, models
+
+    class MixSFTTrainer(MixTrainer, trl.SFTTrainer):
+        pass
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB_SIZE)}, unk_token="0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", pad_token="0")
+
+    def run(resume):
+        model = gpt2()
+        args = trl.SFTConfig(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=2,
+            eval_steps=2, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        with (
+            trainer_loader(data, T, args, model) as loader,
+            Mixer(loader, "chase", record=tmp_path / "record.jsonl") as mixer,
+        ):
+            unread = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
+            trainer = MixSFTTrainer(model, args, mixer=mixer, processing_class=tokenizer, train_dataset=unread)
+            trainer.eval_dataset, args.eval_strategy = held_out_sets(loader, 8), "steps"
+            trainer.train(resume_from_checkpoint=resume)
+        return parameters(model)
+
+    expected = run(None)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert_same(run(True), expected)
+    assert any("feedback" in decision for decision in read_record(tmp_path / "record.jsonl").decisions)
+
+
 # The examples
 
 
