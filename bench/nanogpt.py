@@ -1,8 +1,8 @@
 """nanoGPT's own train.py with its own loader and with mixloader, at fixed natural weights: loss curves, step times.
 
 `python -m bench.nanogpt NANOGPT` takes a checkout of karpathy/nanoGPT, of which nothing is part of this repository. The
-change to its train.py is the one that docs/nanogpt.md shows. The two runs of a seed take turns of a second, so that what
-the machine does besides reaches both; they begin with the same parameters and see as many tokens.
+change to its train.py is the one that docs/nanogpt.md shows. The two runs of a seed take turns of a second, so that
+what the machine does besides reaches both; they begin with the same parameters and see as many tokens.
 """
 
 from __future__ import annotations
@@ -54,14 +54,21 @@ def changed(source: str, document: str) -> str:
     return source
 
 
-def write_data(folder: Path) -> None:
-    """The same bytes as nanoGPT reads them, own/train.bin, and as two domains, mix/code/ and mix/prose/."""
+def write_data(folder: Path, vocab_size: int) -> None:
+    """The same tokens as nanoGPT reads them, own/train.bin, and as two domains, mix/code/ and mix/prose/.
+
+    A token is a pair of bytes; all pairs but the vocab_size - 1 most frequent ones are the last id.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     code = b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))[: 1 << 21]
     texts = {"code": code, "prose": (library / "pydoc_data" / "topics.py").read_bytes()}
+    pairs = {name: np.frombuffer(text[: len(text) // 2 * 2], dtype="<u2") for name, text in texts.items()}
+    counts = np.bincount(np.concatenate(list(pairs.values())), minlength=1 << 16)
+    ids = np.empty(1 << 16, dtype="<u2")
+    ids[np.argsort(-counts, kind="stable")] = np.minimum(np.arange(1 << 16), vocab_size - 1)
     parts: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    for name, text in texts.items():
-        tokens = np.frombuffer(text, dtype=np.uint8).astype("<u2")
+    for name, found in pairs.items():
+        tokens = ids[found]
         cut = len(tokens) * 9 // 10
         (folder / "mix" / name).mkdir(parents=True)
         for split, part in (("train", tokens[:cut]), ("val", tokens[cut:])):
@@ -70,8 +77,8 @@ def write_data(folder: Path) -> None:
     (folder / "own").mkdir()
     for split, several in parts.items():
         np.concatenate(several).tofile(folder / "own" / f"{split}.bin")
-    for name in ("own", "mix"):  # how nanoGPT is told of a vocabulary
-        (folder / name / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
+    for name in KINDS:  # how nanoGPT is told of a vocabulary
+        (folder / name / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
 
 
 def run(folder: Path, seed: int, iterations: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -94,7 +101,12 @@ def run(folder: Path, seed: int, iterations: int) -> dict[str, tuple[np.ndarray,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
-    take_turns(list(processes.values()))
+    try:
+        take_turns(list(processes.values()))
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
     results = {}
     for kind, process in processes.items():
         output = (folder / f"{kind}-{seed}" / "out.txt").read_text()
@@ -155,6 +167,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default 5)")
     parser.add_argument("--iterations", type=int, default=300, help="of each run (default 300)")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="ids of the model and the data (default 4096)")
     parser.add_argument("--json", type=Path, help="write the rows, hardware and versions to this file")
     args = parser.parse_args()
     curves: dict[str, list[np.ndarray]] = {"own": [], "mix": []}
@@ -169,7 +182,7 @@ def main() -> None:
             "device=device,", "device=device, policy='natural', seed=1337,"
         )
         (folder / "train_mix.py").write_text(mixed)
-        write_data(folder / "data")
+        write_data(folder / "data", args.vocab_size)
         for seed in range(args.seeds):
             for kind, (losses, milliseconds) in run(folder, seed, args.iterations).items():
                 curves[kind].append(losses)
@@ -187,7 +200,8 @@ def main() -> None:
     ratio = ratios(medians["mix"], medians["own"])
     print(f"step time, mixloader by own: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
     steps = {kind: spread(each) for kind, each in medians.items()} | {"ratio": ratio}
-    write_json(args.json, rows, milliseconds=steps, config=_CONFIG, seeds=args.seeds, iterations=args.iterations)
+    config = _CONFIG | {"vocab_size": args.vocab_size, "seeds": args.seeds, "iterations": args.iterations}
+    write_json(args.json, rows, milliseconds=steps, config=config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ random weights; with AutoModelForCausalLM.from_pretrained(...) the rest stays as
 import sys
 from pathlib import Path
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from mixloader import Manifest, Mixer
@@ -25,6 +26,7 @@ args = TrainingArguments(
     save_steps=4,
     logging_steps=1,
     report_to="none",
+    use_cpu=not torch.cuda.is_available(),
 )
 set_seed(args.seed)
 config = LlamaConfig(

@@ -206,6 +206,8 @@ def test_a_state_of_other_data_or_a_model_of_another_vocabulary_is_refused(data,
         open_mix(names, state=state)
     with pytest.raises(StateError, match="no 'mixer'"):
         open_mix(data, state={"loader": {}})
+    with pytest.raises(StateError, match="no 'influence'"):
+        open_mix(data, state=state, policy="influence", influence={})
     with pytest.raises(ConfigError, match="vocabulary of 50 ids, but the model has 40"):
         MixedBatches(data, TinyGPT(40), batch_size=4, block_size=16)
 

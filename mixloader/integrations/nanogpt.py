@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import cycle
 from typing import Any
 
@@ -62,29 +63,23 @@ class MixedBatches:
     ):
         self.device = torch.device(device)
         vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        self.loader = MixLoader(
-            data,
-            batch_size,
-            block_size,
-            **{
-                "grad_accumulation_steps": gradient_accumulation_steps,
-                "max_steps": None if max_iters is None else max_iters + 1,
-                "seed": seed,
-                "vocab_size": vocab_size,
-                "pin_memory": self.device.type == "cuda",
-                **(loader or {}),
-            },
-        )
-        try:
+        loading: dict[str, Any] = {
+            "grad_accumulation_steps": gradient_accumulation_steps,
+            "max_steps": None if max_iters is None else max_iters + 1,
+            "seed": seed,
+            "vocab_size": vocab_size,
+            "pin_memory": self.device.type == "cuda",
+            **(loader or {}),
+        }
+        with ExitStack() as opened:
+            self.loader = opened.enter_context(MixLoader(data, batch_size, block_size, **loading))
             self._check_vocab(vocab_size)
             if influence is not None:
                 mixer_options["influence"] = Influence(model, logits=_logits, **influence)
-            self.mixer = Mixer(self.loader, device=self.device, **mixer_options)
+            self.mixer = opened.enter_context(Mixer(self.loader, device=self.device, **mixer_options))
             if state is not None:
                 self._load(state)
-        except BaseException:
-            self.loader.close()
-            raise
+            opened.pop_all()
         self._eval_interval = eval_interval
         self._taken = None if state is None else dict(state)
         self._left = self.loader.grad_accumulation_steps  # micro-batches of this step that were not drawn yet
@@ -102,7 +97,8 @@ class MixedBatches:
             return self._beside(split)
         if self._promised is not None:
             raise MixLoaderError(
-                "get_batch('train') was called twice after the last micro-batch of a step without step()"
+                "get_batch('train') was called twice after the last micro-batch of a step; call step() after each "
+                "optimizer step"
             )
         self._evaluating = {}
         if not self._left:
@@ -173,7 +169,7 @@ class MixedBatches:
         return state
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        missing = {"loader", "mixer"} - set(state)
+        missing = {"loader", "mixer", *(() if self.mixer.influence is None else ("influence",))} - set(state)
         if missing:
             raise StateError(f"the state has no {min(missing)!r}; expected what MixedBatches.state_dict() gave")
         self.loader.load_state_dict(state["loader"])
@@ -232,7 +228,6 @@ class MixedBatches:
     def _check_vocab(self, vocab_size: int) -> None:
         found = self.loader.manifest.vocab_size
         if found is not None and found > vocab_size:
-            self.loader.close()
             raise ConfigError(
                 f"the data have a vocabulary of {found} ids, but the model has {vocab_size}; make the model with "
                 f"vocab_size={found} or more"
