@@ -133,6 +133,8 @@ class Mixer(MixerDomains, MixerState):
         self.stats.influence = influence
         self.waits = 0
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
+        self.decision: Decision | None = None
+        """The last one that took effect, and what it was made of; None before the first and after a resume."""
 
         self._before_reset = loader.state_dict()
         cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
@@ -359,6 +361,7 @@ class Mixer(MixerDomains, MixerState):
                     self.loader.set_weights(decision.units, step=decision.effect)
                     self._version += 1
                 self._in_force = decision.units.tolist()
+        self.decision = decision
         self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
 
     def _reset_policy(self, goes_on: bool = False) -> None:

@@ -88,7 +88,7 @@ def load_checkpoint(
     """
     state = read_state(path)
     if influence is not None:
-        influence.load_state_dict(_read_tensors(path / "influence.safetensors"))
+        influence.load_state_dict(read_tensors(path / "influence.safetensors"))
     load_parameters(path / "model.safetensors", model)
     _load_optimizer(path / "optimizer.safetensors", model, optimizer)
     several = dist.is_available() and dist.is_initialized()
@@ -157,7 +157,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
         if folder is None:
             raise StateError(f"{path} holds no checkpoint; expected model.safetensors or folders step-000123 in it")
         path = folder / "model.safetensors"
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     parameters = dict(model.named_parameters())
     _check_names(path, set(tensors), set(parameters))
     for name, parameter in parameters.items():
@@ -181,7 +181,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     names = {parameter: name for name, parameter in model.named_parameters()}
     _check_names(path, {key.split("/")[0] for key in tensors} or set(names.values()), set(names.values()))
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -193,7 +193,8 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; raises StateError if it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
