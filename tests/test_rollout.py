@@ -273,3 +273,13 @@ def test_fit_is_deterministic_and_writes_a_file_that_the_policy_loads(tmp_path, 
         files.append(out.read_bytes())
     assert files[0] == files[1]
     Agent(parameters=out)
+
+
+def test_the_speed_of_the_simulator_is_measured(tmp_path, monkeypatch, capsys):
+    bench = pytest.importorskip("bench.simulator")
+    monkeypatch.setattr(bench, "EPISODES", 4)
+    bench.main(["--rounds", "1", "--json", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["measure"] for row in rows][-1] == "fit"
+    assert all(row["steps_per_s"]["median"] > 0 for row in rows)
+    assert "steps/s" in capsys.readouterr().out
