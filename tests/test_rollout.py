@@ -223,9 +223,7 @@ def test_the_networks_gradient_raises_the_objective(episodes, network):
     rng = np.random.default_rng(5)
     signals = draw_signals(episodes, 24, rng)
     rollout = play(episodes, signals, 24, by_parameters(network.parameters_as_arrays()), rng)
-    network.zero_grad()
-    fit.ascend(network, rollout)
-    gradient = np.concatenate([p.grad.ravel() for p in network.parameters()])
+    gradient = np.concatenate([grad.ravel() for grad in fit.policy_gradient(network, rollout, rng)])
     assert np.isfinite(gradient).all()
     assert (gradient != 0).mean() > 0.5
 
@@ -275,3 +273,13 @@ def test_fit_is_deterministic_and_writes_a_file_that_the_policy_loads(tmp_path, 
         files.append(out.read_bytes())
     assert files[0] == files[1]
     Agent(parameters=out)
+
+
+def test_the_speed_of_the_simulator_is_measured(tmp_path, monkeypatch, capsys):
+    bench = pytest.importorskip("bench.simulator")
+    monkeypatch.setattr(bench, "EPISODES", 4)
+    bench.main(["--rounds", "1", "--json", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["measure"] for row in rows][-1] == "fit"
+    assert all(row["steps_per_s"]["median"] > 0 for row in rows)
+    assert "steps/s" in capsys.readouterr().out

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,13 @@ UNDERWAY = 0.25
 """Part of the objective that is the mean score over the run; the rest is the score at its end. Without it the agent
 gives up the source for the first half of a run and counts on winning it back, which fails when a run stops early
 or recovers less well than the simulator."""
+
+
+CHUNKS = 4
+"""Parts that a batch is made in, each with random numbers of its own."""
+
+CHOSEN = 0.25
+"""Part of the decisions of a batch at which the network's gradient is taken."""
 
 
 def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: int) -> None:
@@ -65,50 +75,72 @@ def objective_cotangent(episodes: Episodes, steps: int) -> np.ndarray:
     return -when[:, None] * episodes.value[:, None] / len(episodes.size)
 
 
-def ascend(network: SetNetwork, rollout: Rollout) -> None:
-    """Add to the network's gradients those of minus the objective, plus the penalty on moves."""
-    episodes, decided = rollout.episodes, slice(0, rollout.steps - 1)
+def policy_gradient(network: SetNetwork, rollout: Rollout, rng: np.random.Generator) -> list[Tensor]:
+    """Derivatives of the objective, less the penalty on moves, by the network's parameters, in their order.
+
+    At some of the decisions: neighbouring ones of a run are alike, and a part of them, chosen anew each time, tells
+    nearly as much as all.
+    """
+    episodes, decisions = rollout.episodes, rollout.steps - 1
     cotangent = objective_cotangent(episodes, rollout.steps)
     by_weights = pull_back(episodes, rollout.weights, rollout.history, cotangent)
-    by_actions = back_to_actions(rollout, by_weights)[:, decided]
+    by_actions = back_to_actions(rollout, by_weights)
+    chosen = np.sort(rng.permutation(decisions)[: math.ceil(CHOSEN * decisions)])
+    parameters = list(network.parameters())
+    total = [torch.zeros_like(parameter) for parameter in parameters]
     for size in np.unique(episodes.size):
         which = np.flatnonzero(episodes.size == size)
-        shape = (len(which) * (rollout.steps - 1), size)
+        at, sets = np.ix_(which, chosen), len(which) * len(chosen)
 
-        def sets(array: np.ndarray, which=which, size=size, shape=shape) -> Tensor:
-            """[B, T, D, ...] as [sets of this size, size, ...], float32."""
-            return torch.from_numpy(array[which, decided, :size].reshape(*shape, *array.shape[3:])).float()
+        def part(array: np.ndarray, at=at, size=size, sets=sets) -> Tensor:
+            """[B, T, D, ...] as [sets, size, ...], float32."""
+            return torch.from_numpy(array[at][:, :, :size].reshape(sets, size, *array.shape[3:])).float()
 
         prior = np.broadcast_to(episodes.prior[:, None], rollout.weights.shape)
-        run = torch.from_numpy(rollout.run[which, decided].reshape(shape[0], -1))
-        there = torch.ones(shape, dtype=torch.bool)
-        u = network(sets(rollout.domain), run, sets(rollout.weights), sets(prior), there)
-        share = PENALTY / (len(episodes.size) * (rollout.steps - 1) * size)
-        (share * torch.tanh(u).square().sum() - (u * sets(by_actions)).sum()).backward()
+        run = torch.from_numpy(rollout.run[at].reshape(sets, -1))
+        there = torch.ones((sets, size), dtype=torch.bool)
+        u = network(part(rollout.domain), run, part(rollout.weights), part(prior), there)
+        share = PENALTY / (len(episodes.size) * decisions * size)
+        objective = (u * part(by_actions)).sum() - share * torch.tanh(u).square().sum()
+        for sum_, grad in zip(total, torch.autograd.grad(objective, parameters), strict=True):
+            sum_ += grad * (decisions / len(chosen))
+    return total
 
 
 def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch: int) -> None:
-    """Ascend the mean objective over new random episodes; Adam with a cosine from 3e-3."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    """Ascend the mean objective over new random episodes; Adam with a cosine from 3e-3.
+
+    A batch is made in CHUNKS parts, as many at once as there are processors: the result is that of one processor.
+    """
+    parameters = list(network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=3e-5)
     progress = tqdm(range(iterations), desc="fit", unit="batch", mininterval=10)
     mean = 0.0
-    for _ in progress:
-        episodes, steps = draw(batch, rng), int(rng.choice(STEPS))
-        signals = draw_signals(episodes, steps, rng)
-        rollout = play(episodes, signals, steps, by_parameters(network.parameters_as_arrays()), rng)
-        optimizer.zero_grad()
-        ascend(network, rollout)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.3)
-        optimizer.step()
-        schedule.step()
-        reached = float(score(episodes, rollout.history.held_out[:, -1]).mean())
-        mean = 0.95 * mean + 0.05 * reached if mean else reached
-        progress.set_postfix(score=f"{mean:.4f}", refresh=False)
+    with ThreadPoolExecutor(min(CHUNKS, os.cpu_count() or 1)) as pool:
+        for _ in progress:
+            steps, arrays = int(rng.choice(STEPS)), network.parameters_as_arrays()
+
+            def chunk(rng: np.random.Generator, steps=steps, arrays=arrays) -> tuple[float, list[Tensor]]:
+                episodes = draw(-(-batch // CHUNKS), rng)
+                signals = draw_signals(episodes, steps, rng)
+                rollout = play(episodes, signals, steps, by_parameters(arrays), rng)
+                reached = float(score(episodes, rollout.history.held_out[:, -1]).mean())
+                return reached, policy_gradient(network, rollout, rng)
+
+            done = list(pool.map(chunk, rng.spawn(CHUNKS)))
+            for number, parameter in enumerate(parameters):
+                parameter.grad = -torch.stack([grads[number] for _, grads in done]).mean(0)
+            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            optimizer.step()
+            schedule.step()
+            reached = float(np.mean([one for one, _ in done]))
+            mean = 0.95 * mean + 0.05 * reached if mean else reached
+            progress.set_postfix(score=f"{mean:.4f}", refresh=False)
 
 
 def fit(seed: int, iterations: int, batch: int) -> Parameters:
-    """Parameters from scratch. Deterministic on one kind of machine: one thread, all randomness from `seed`."""
+    """Parameters from scratch. Deterministic on one kind of machine, on any number of processors."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
