@@ -258,7 +258,7 @@ def resumed_alone(data: str, folder: Path) -> list[Any]:
     from mixloader.saved import SavedRun
 
     with open_loader(data, 1) as loader, Mixer(loader, RandomWalk(), decide_every=3, lag=2) as mixer:
-        dcp.load({"run": SavedRun(loader, mixer)}, checkpoint_id=folder / "saved", no_dist=True)
+        dcp.load({"run": SavedRun(loader, mixer)}, checkpoint_id=folder / "saved")
         return draw(loader, mixer, STEPS, 0, 1)
 
 
