@@ -85,8 +85,8 @@ def _ranks(
     started = int(os.environ.get("WORLD_SIZE", "1")) if by_torchrun else 1
     if world_size is None and not distributed and started > 1:
         raise ValueError(
-            f"torchrun has started {started} processes, but torch.distributed is not initialized, so each would read all "
-            "rows; call init_process_group() before making the loader, or give world_size= and rank="
+            f"torchrun has started {started} processes, but torch.distributed is not initialized, so each would read "
+            "all rows; call init_process_group() before making the loader, or give world_size= and rank="
         )
     if world_size is None:
         world_size = torch.distributed.get_world_size() if distributed else 1
