@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -78,7 +79,15 @@ def _ranks(
         return mesh_ranks(mesh, mesh_dims)
     if mesh_dims is not None:
         raise ValueError("mesh_dims= says which dimensions of mesh= are data-parallel, but there is no mesh=")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    available = torch.distributed.is_available()
+    distributed = available and torch.distributed.is_initialized()
+    by_torchrun = available and torch.distributed.is_torchelastic_launched()
+    started = int(os.environ.get("WORLD_SIZE", "1")) if by_torchrun else 1
+    if world_size is None and not distributed and started > 1:
+        raise ValueError(
+            f"torchrun has started {started} processes, but torch.distributed is not initialized, so each would read "
+            "all rows; call init_process_group() before making the loader, or give world_size= and rank="
+        )
     if world_size is None:
         world_size = torch.distributed.get_world_size() if distributed else 1
     if rank is None and world_size > 1 and not distributed:

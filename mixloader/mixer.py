@@ -81,9 +81,8 @@ class Mixer(MixerDomains, MixerState):
         **policy_options: Any,
     ):
         self.loader, self.decide_every, self.lag = loader, decide_every, lag
-        step_tokens = loader.global_batch * loader.seq_len
         if token_budget is None and loader.max_steps:
-            token_budget = loader.max_steps * step_tokens
+            token_budget = loader.max_steps * loader.global_batch * loader.seq_len
         self.token_budget = token_budget
         self._policy = {"name": policy if isinstance(policy, str) else type(policy).__name__, "options": policy_options}
         self.policy: Policy | None = None
@@ -117,8 +116,6 @@ class Mixer(MixerDomains, MixerState):
                 )
         if self.influence is not None:
             self.influence.begin_with(self.loader)
-        if self.ranks.alone:
-            return {}
         return run_facts(
             self.loader, policy=self._policy, act=act, **{name: getattr(self, name) for name in counts},
             guards=None if guards is None else guards.to_json(),
@@ -128,7 +125,7 @@ class Mixer(MixerDomains, MixerState):
     def _begin(
         self, device: torch.device, record: str | Path | None, act: str, guards: Guards | None, detail: bool
     ) -> None:
-        loader, influence, step_tokens = self.loader, self.influence, self.loader.global_batch * self.loader.seq_len
+        loader, influence = self.loader, self.influence
         self.stats = DomainStats(len(loader.names), device, names=loader.names)
         self.stats.influence = influence
         self.waits = 0
@@ -149,7 +146,7 @@ class Mixer(MixerDomains, MixerState):
         self._version = stream["weights_version"]  # of the loader's weights, after our last change
         self._in_force = loader.units_at(self._next).tolist()  # at _next, as far as the record says
         self._reports: dict[str, tuple[float, int]] = {}  # feedback since the last decision
-        self._snapshot_every = max(1, MAX_TOKENS // step_tokens)
+        self._snapshot_every = max(1, MAX_TOKENS // (loader.global_batch * loader.seq_len))
         self._snapshots: list[StatsSnapshot] = []
         self._sums = np.zeros((len(loader.names) + 1, len(DomainStats.COLUMNS)), dtype=np.int64)
         self._pending: deque[Pending] = deque()

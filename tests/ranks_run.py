@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -258,18 +259,24 @@ def resumed_alone(data: str, folder: Path) -> list[Any]:
     from mixloader.saved import SavedRun
 
     with open_loader(data, 1) as loader, Mixer(loader, RandomWalk(), decide_every=3, lag=2) as mixer:
-        dcp.load({"run": SavedRun(loader, mixer)}, checkpoint_id=folder / "saved", no_dist=True)
+        dcp.load({"run": SavedRun(loader, mixer)}, checkpoint_id=folder / "saved")
         return draw(loader, mixer, STEPS, 0, 1)
 
 
-def dies(folder: Path, rank: int, ranks: int, data: str) -> str:
-    """Rank 1 is gone after three steps; what the other one is told, and by which step."""
-    with open_loader(data, ranks) as loader:
-        mixer = Mixer(loader, RandomWalk())
-        train(loader, mixer, 3)
-        if rank == 1:
-            os._exit(0)
-        return error_of(lambda: train(loader, mixer, 8))
+def dies(folder: Path, rank: int, ranks: int, data: str) -> dict[str, Any]:
+    """Rank 1 is gone after three steps; what the other one is told, and that it comes to an end."""
+
+    def lonely() -> None:
+        with open_loader(data, ranks) as loader, Mixer(loader, RandomWalk()) as mixer:
+            train(loader, mixer, 3)
+            if rank == 1:
+                os._exit(0)
+            begin.append(time.monotonic())
+            train(loader, mixer, 8)
+
+    begin: list[float] = []
+    said = error_of(lonely)
+    return {"said": said, "seconds": time.monotonic() - begin[0]}
 
 
 def main(check: str, folder: str, ranks: str, options: str, rank: str) -> None:

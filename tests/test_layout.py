@@ -86,3 +86,15 @@ def test_a_real_device_mesh(tmp_path):
         [sys.executable, program, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_loader_made_before_the_process_group_under_torchrun_is_refused(tmp_path, monkeypatch):
+    """Each process would take itself for the only one, and all would train on the same rows."""
+    data = tagged_domains(tmp_path, {"web": [700]})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun has started 2 processes, but torch"):
+        MixLoader(data, 4, 8)
+    for ranks in ({"world_size": 1}, {"world_size": 2, "rank": 1}):
+        with MixLoader(data, 4, 8, num_workers=0, **ranks) as loader:
+            assert loader.world_size == ranks["world_size"]
