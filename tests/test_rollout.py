@@ -51,6 +51,17 @@ def test_observed_losses_have_the_noise_of_their_rows(episodes):
     assert abs(z.var() - 1) < 4 * np.sqrt(2 / len(z)) + 0.01
 
 
+def test_what_is_repeated_is_trained_to_lower_losses_than_what_is_held_out(episodes):
+    scarce = episodes._replace(tokens=episodes.tokens * 1e-2, memory=np.full(64, 0.5))
+    *_, (seen, history, t) = watched(scarce, 64)
+    gap = history.held_out[:, t + 1] - seen.loss
+    epochs = history.read[:, -1] / np.maximum(scarce.tokens, 1e-9)
+    repeated = mask(scarce) & (seen.tokens > 0) & (epochs > 4)
+    assert repeated.sum() > 20
+    assert np.median(gap[repeated]) > 0.4
+    assert np.median((gap / 0.5 / np.log(np.maximum(epochs, 1.1)))[repeated & (gap < 2)]) == pytest.approx(1, abs=0.3)
+
+
 def test_rows_add_up_to_the_quota(episodes):
     total = sum(seen.tokens.copy() for seen, _, _ in watched(episodes, 64))
     quota = episodes.prior * episodes.budget[:, None]

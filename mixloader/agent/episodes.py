@@ -30,8 +30,8 @@ class Episodes(NamedTuple):
     Shapes [B, D, 2], of quick and slow forgetting: level, rate.
     Shapes [B, D, D]: transfer, similar. Shapes [B]: size (int64, domains), preference, budget (tokens), rows (rows of
     the whole run), warmup (part of the run), lr_end (last lr over the peak), bump (nats that the peak lr adds to
-    training losses), relearn (part of what was gained that can be forgotten), wear (epochs after which a repeated
-    token is worth 1/e).
+    training losses), memory (nats by which training losses are below held-out ones, times the logarithm of the epochs),
+    relearn (part of what was gained that can be forgotten), wear (epochs after which a repeated token is worth 1/e).
     """
 
     size: np.ndarray
@@ -57,6 +57,7 @@ class Episodes(NamedTuple):
     warmup: np.ndarray
     lr_end: np.ndarray
     bump: np.ndarray
+    memory: np.ndarray
     relearn: np.ndarray
     wear: np.ndarray
 
@@ -71,7 +72,7 @@ class Ranges(NamedTuple):
     number of domains. transfer_*, similar_*: of two domains of the same field or of two fields, in a run (they become
     tanh of it); company: how far pairs differ from that by the domains' places, uneven: by chance (deviations of the
     logarithm, uniform).
-    relearn, start, bump, row_std, token_std: uniform, see Episodes. wear: epochs.
+    relearn, start, bump, row_std, token_std: uniform, memory and wear: see Episodes.
     """
 
     target_gain: tuple[float, float]
@@ -97,6 +98,7 @@ class Ranges(NamedTuple):
     wear: tuple[float, float]
     start: tuple[float, float]
     bump: tuple[float, float]
+    memory: tuple[float, float]
     row_std: tuple[float, float]
     token_std: tuple[float, float]
 
@@ -121,7 +123,7 @@ def blank(count: int) -> Episodes:
     shapes: dict[str, tuple[int, ...]] = {"level": (*wide, 2), "rate": (*wide, 2)}
     for name in ("transfer", "similar"):
         shapes[name] = (*wide, MAX_DOMAINS)
-    for name in ("size", "preference", "budget", "rows", "warmup", "lr_end", "bump", "relearn", "wear"):
+    for name in ("size", "preference", "budget", "rows", "warmup", "lr_end", "bump", "memory", "relearn", "wear"):
         shapes[name] = (count,)
     integers = ("size", "field")
     return Episodes(
@@ -316,4 +318,4 @@ def _draw_all(rng, r, e):
         e.warmup[b] = 0.12 * rng.random()
         e.lr_end[b] = 1.0 if rng.random() < 0.1 else 0.3 * rng.random()
         e.bump[b], e.relearn[b] = _uniform(rng, r.bump), _uniform(rng, r.relearn)
-        e.wear[b] = _log_uniform(rng, r.wear)
+        e.wear[b], e.memory[b] = _log_uniform(rng, r.wear), _log_uniform(rng, r.memory)

@@ -20,6 +20,9 @@ STEPS = 64
 ERROR = 0.03
 """Nats by which a held-out loss may differ from the simulator's: noise of its text, and what no equation says."""
 
+OTHER_TEXT = 0.1
+"""Part by which the loss on a probe's text may change more or less than that on other text of the same domain."""
+
 FEEDBACKS = 8
 """Evaluations of one run that its feedback counts as: their errors are not independent."""
 
@@ -113,12 +116,12 @@ def _measurements(run: Trajectory) -> list[tuple[float, np.ndarray, bool, float,
         of = (field == code) & run.probed if code else np.array([name == own for own in run.table.names])
         if len(told) < 2 or not of.any():
             continue
-        # The probe's text is not that of the held-out loss, but how its loss changes is alike.
-        first, error = float(losses[told[0]]), ERROR * np.sqrt(max(1.0, len(told) / FEEDBACKS))
+        first, many = float(losses[told[0]]), np.sqrt(max(1.0, len(told) / FEEDBACKS))
         begun = (run.feedback_step[told[0]] + 1) / run.steps
         if begun > 1 / STEPS:
             continue
         for e in told[1:]:
             when = min((run.feedback_step[e] + 1) / run.steps, 1.0)
-            out.append((float(when), of / of.sum(), True, float(losses[e]) - first, float(error)))
+            change = float(losses[e]) - first
+            out.append((float(when), of / of.sum(), True, change, float(many * np.hypot(ERROR, OTHER_TEXT * change))))
     return out

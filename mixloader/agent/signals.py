@@ -132,9 +132,9 @@ def _read_losses(e, b, history, weights, t, rng, out):
             out.loss[b, d] = out.loss_std[b, d] = np.nan
             continue
         epochs = history.read[b, t * (parts // steps), d] / e.tokens[b, d]
-        # A repeated token's training loss is lower than its held-out loss.
-        memorised = 0.1 * np.log1p(epochs - 1) if epochs > 1 else 0.0
-        loss = 0.5 * (history.held_out[b, t, d] + history.held_out[b, t + 1, d]) + raised - memorised
+        held_out = 0.5 * (history.held_out[b, t, d] + history.held_out[b, t + 1, d])
+        memorised = min(e.memory[b] * np.log(epochs), 0.9 * max(held_out, 0.0)) if epochs > 1 else 0.0
+        loss = held_out + raised - memorised
         out.loss[b, d] = loss + rng.standard_normal() * e.row_std[b, d] / np.sqrt(rows)
         out.loss_std[b, d] = e.token_std[b, d]
 
