@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mixloader.agent.calibrate import calibrate, fitted_ranges, main, predictions, some
+from mixloader.agent.calibrate import calibrate, fitted_ranges, influence_agreement, main, predictions, some
 from mixloader.agent.episodes import Ranges, draw, mask, read_ranges
 from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
 from mixloader.agent.identify import OF_RUN, identify
 from mixloader.agent.measured import ERROR, STEPS, measured_runs
-from mixloader.agent.simulator import run
+from mixloader.agent.simulator import influence_now, run
 from mixloader.agent.trajectories import write_trajectories
 from mixloader.agent.trajectory import Trajectory
 from mixloader.errors import ConfigError
@@ -33,12 +33,12 @@ def made_runs(count, seed):
     weights = np.exp(walk) * np.maximum(episodes.prior[:, None], 1e-9) * mask(episodes)[:, None]
     weights /= weights.sum(-1, keepdims=True)
     episodes = episodes._replace(budget=np.full(count, float(BUDGET)))
-    losses = run(episodes, weights).held_out
-    return [made_run(episodes, weights[b], losses[b], b, rng) for b in range(count)], episodes
+    history = run(episodes, weights)
+    return [made_run(episodes, weights[b], history, b, rng) for b in range(count)], episodes
 
 
-def made_run(e, weights, losses, b, rng):
-    n, decisions = int(e.size[b]), STEPS
+def made_run(e, weights, history, b, rng):
+    n, decisions, losses = int(e.size[b]), STEPS, history.held_out[b]
     fields = tuple(KINDS[code] for code in e.field[b, :n].tolist())
     windows = np.maximum(e.tokens[b, :n] * BUDGET / SEQ_LEN, 1).astype(np.int64)
     table = DomainTable(tuple(f"d{d}" for d in range(n)), fields, (None,) * n, windows * SEQ_LEN, e.prior[b, :n])
@@ -47,16 +47,18 @@ def made_run(e, weights, losses, b, rng):
     names = [name for name in ("source", "target") if name in fields]
     told = np.stack([np.where(e.field[b] == code, e.probe[b], 0) @ losses.T for code in (SOURCE, TARGET)], 1)
     told = told[:, [code - SOURCE for code in (SOURCE, TARGET) if KINDS[code] in names]] + 0.2
-    influence, wide = np.ones((1, n, 1)), (decisions, n)
+    wide, influence = (decisions, n), np.empty((n, 2))
+    influence_now(e, b, history, STEPS // 2, influence)
+    influence = np.where([(e.field[b] == code).any() for code in (SOURCE, TARGET)], 1e3 * influence, np.nan)[None]
     return Trajectory(
         table=table, windows=windows, step=step, effect=step + 1, tokens=(step + 1) * ROWS * SEQ_LEN,
         rows_per_step=ROWS, seq_len=SEQ_LEN, token_budget=BUDGET, weights=weights[[*range(STEPS), -1], :n],
         counts=np.zeros(wide, dtype=np.int64), loss=np.full(wide, np.nan), loss_std=np.full(wide, np.nan),
         loss_tokens=np.zeros(wide, dtype=np.int64), feedback_names=tuple(names),
         feedback_step=2 * np.arange(STEPS + 1) - 1, feedback=told + NOISE * rng.standard_normal(told.shape),
-        influence_fields=("source",), influence_at=np.ones(1, dtype=np.int64), influence=influence,
+        influence_fields=("source", "target"), influence_at=np.array([STEPS // 2 - 1]), influence=influence,
         influence_std=influence, influence_rows=np.ones((1, n), dtype=np.int64),
-        influence_step=np.ones((1, n), dtype=np.int64), probe_step=np.ones((1, 1), dtype=np.int64),
+        influence_step=np.ones((1, n), dtype=np.int64), probe_step=np.ones((1, 2), dtype=np.int64),
         held_out=losses[points, :n] + NOISE * rng.standard_normal((5, n)), held_out_tokens=points * 2 * ROWS * SEQ_LEN,
         probed=e.probe[b, :n] > 0, preference=float(e.preference[b]),
         meta={"schedule": {"learning_rate": 1e-3, "min_lr": 1e-3 * e.lr_end[b],
@@ -176,6 +178,13 @@ def test_ranges_follow_the_runs(made):
     assert after.start[0] > 1.4
     assert after.start[1] < 4.6
     assert after.bump == before.bump
+
+
+def test_influence_is_told_from_losses_alone(made):
+    trajectories, _ = made_runs(RUNS, 0)
+    assert influence_agreement(trajectories, made[0], read_ranges(), iterations=150) > 0.8
+    mute = [Trajectory(**{**one.__dict__, "influence_fields": ()}) for one in trajectories[:2]]
+    assert np.isnan(influence_agreement(mute, some(made[0], np.arange(2)), read_ranges(), iterations=1))
 
 
 def test_the_command_writes_ranges_and_reports(tmp_path, capsys):

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +21,12 @@ from mixloader.agent.episodes import RANGES, Ranges, read_ranges, take
 from mixloader.agent.features import TARGET
 from mixloader.agent.identify import OF_DOMAIN, OF_RUN, identify
 from mixloader.agent.measured import STEPS, Runs, measured_runs
+from mixloader.agent.simulator import influence_now, run
 from mixloader.errors import ConfigError
 from mixloader.files import replace
+
+if TYPE_CHECKING:
+    from mixloader.agent.trajectory import Trajectory
 
 UNSEEN = 0.2
 """Part of the runs that predictions are made of and nothing is fitted to."""
@@ -94,6 +101,30 @@ def _last(runs: Runs, known: np.ndarray) -> np.ndarray:
     return out
 
 
+def influence_agreement(trajectories: Sequence[Trajectory], runs: Runs, ranges: Ranges, iterations: int = 300) -> float:
+    """How well the influence that was measured in runs agrees with that of the episodes they are identified with.
+
+    Identified by their losses alone. The median over measurements of the correlation over domains and fields; NaN where
+    no run has influence on both fields.
+    """
+    episodes = identify(runs, ranges, iterations=iterations).episodes
+    history = run(episodes, runs.weights)
+    found = []
+    for b, trajectory in enumerate(trajectories):
+        if not {"source", "target"} <= set(trajectory.influence_fields):
+            continue
+        columns = [trajectory.influence_fields.index(name) for name in ("source", "target")]
+        simulated = np.empty((len(trajectory.table), 2))
+        for t, measured in zip(trajectory.influence_at, trajectory.influence, strict=True):
+            step = trajectory.step[min(t, len(trajectory) - 1)] + 1
+            influence_now(episodes, b, history, round(step / trajectory.steps * STEPS), simulated)
+            known = np.isfinite(measured[:, columns])
+            pair = measured[:, columns][known], simulated[known]
+            if known.sum() > 3 and min(side.std() for side in pair) > 0:
+                found.append(np.corrcoef(*pair)[0, 1])
+    return round(float(np.median(found)), 4) if found else math.nan
+
+
 def some(runs: Runs, which: np.ndarray) -> Runs:
     """Those of the runs."""
     return Runs(take(runs.episodes, which), *(np.ascontiguousarray(array[which]) for array in runs[1:]))
@@ -128,8 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     from mixloader.agent.trajectories import read_trajectories
 
     begun = time.perf_counter()
-    runs = measured_runs(read_trajectories(args.trajectories))
+    trajectories = read_trajectories(args.trajectories)
+    runs = measured_runs(trajectories)
     found, report = calibrate(runs, read_ranges(args.ranges), args.seed, args.iterations)
+    report["influence_agreement"] = influence_agreement(trajectories, runs, found, args.iterations)
     replace(args.out, "{\n" + ",\n".join(f' "{k}": {json.dumps(v)}' for k, v in found._asdict().items()) + "\n}\n")
     print(json.dumps({"seconds": round(time.perf_counter() - begun), "unseen": report}, indent=1))
     return 0
