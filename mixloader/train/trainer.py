@@ -34,6 +34,7 @@ from mixloader.mixer import Mixer
 from mixloader.ranks import Ranks
 from mixloader.train import checkpoint as checkpoints
 from mixloader.train.distributed import data_parallel, joined, mean_over, without_sync
+from mixloader.train.hf_checkpoint import fit_config, is_hf_folder
 from mixloader.train.model import build_model
 from mixloader.train.optimizer import build_optimizer, learning_rate_at
 from mixloader.train.parts import open_answers, open_guards, open_reference, policy_options
@@ -108,8 +109,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve(config: TrainConfig, manifest: Manifest, device: torch.device) -> TrainConfig:
-    """`config` with what it left to the data and the hardware filled in; raises ConfigError if they disagree."""
+    """`config` with what it left to the data, the hardware and a model to start from filled in.
+
+    Raises ConfigError if they disagree.
+    """
     model, vocab_size = config.model, manifest.vocab_size
+    if config.init_from is not None and is_hf_folder(Path(config.init_from)):
+        model = fit_config(model, Path(config.init_from))
     if model.vocab_size is None and vocab_size is None:
         raise ConfigError("model.vocab_size is not set, and the data does not say it either; set it")
     if model.vocab_size is not None and vocab_size is not None and model.vocab_size < vocab_size:
