@@ -122,6 +122,7 @@ class TrainConfig:
     eval_every: steps between held-out losses, 0 for only before and after. eval_windows: windows a domain.
     checkpoint_every: steps between checkpoints, 0 for only the last. keep_checkpoints: how many stay.
     log_every: steps between lines of metrics.jsonl; an evaluation writes one, too.
+    trackers: "jsonl", "tensorboard", "wandb", any of them: what is told of every decision (trackers.py), in `out`.
     init_from: parameters to start from: a run's folder, a checkpoint or a .safetensors file; or a folder of
         transformers with a GPT-2 or Llama model, whose shape `model` then takes.
     device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16 autocast on GPUs that have it),
@@ -160,6 +161,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
