@@ -64,9 +64,10 @@ def watch(out: str, die_at: int) -> None:
 def main(data: str, out: str, steps: str, die_at: str) -> None:
     show_torchtitan_a_cpu()
     sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    if "MASTER_PORT" not in os.environ:  # not under torchrun
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     import with_torchtitan
 
     without_flex_attention()
