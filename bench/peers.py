@@ -4,7 +4,8 @@
 
 `make peers` sets the environment up: some of them pin a numpy that mixloader's own does not have. Needs no
 mixloader. Answers on standard output: "ready {versions}" when the data is written and the loader made; to
-"verify": "ok" or "error ..."; to "measure SECONDS": tokens a second; ends with "quit".
+"verify": "ok" or "error ..."; to "measure SECONDS": tokens a second; to "train DEVICE STEPS": what
+PlainTrainer.run gives, as JSON; ends with "quit".
 
 How each is set, which is the fastest way that its documentation shows: two workers are persistent with
 4 batches ahead each; litData and MDS shuffle, hold uint16 and are widened a batch at a time; Megatron has
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.plain_trainer import PlainTrainer, cross_entropy
 from bench.tokens import MODULUS, Batches, tokens_per_second, verify
 
 DOCUMENT = 16 * MODULUS
@@ -237,7 +239,7 @@ def serve(make: Callable[[], Batches], versions: dict[str, str], shape: tuple[in
     """Answer on what was standard output; what the libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    batches = make()
+    batches, trainer = make(), None
     next(batches)  # starts workers, builds orders
     print("ready", json.dumps(versions), file=answers)
     for line in sys.stdin:
@@ -251,6 +253,11 @@ def serve(make: Callable[[], Batches], versions: dict[str, str], shape: tuple[in
                 print("ok", file=answers)
         elif command == "measure":
             print(tokens_per_second(batches, float(values[0])), file=answers)
+        elif command == "train":
+            device, steps = values
+            trainer = trainer or PlainTrainer(device)
+            triples = ((x, y, None) for x, y in batches)
+            print(json.dumps(trainer.run(triples, int(steps), lambda _: cross_entropy)), file=answers)
         elif command == "quit":
             return
 

@@ -1,5 +1,5 @@
-"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | score | report |
-mixtures | fit | collect | fit-agent`.
+"""The command line: `python -m mixloader train | demo | pack | index | verify | replay | locate | export | score |
+report | mixtures | fit | collect | fit-agent`.
 
 A verb's parts are imported when it runs. What mixloader raises on purpose is printed as one sentence, and the
 exit code is 2; a bug keeps its traceback.
@@ -31,6 +31,7 @@ USAGE = """usage: python -m mixloader VERB ...
   verify MANIFEST                    compare the shards of a manifest with what it says of them
   replay RECORD DATA [--steps N]     draw a recorded run's token stream again and print its checksum
   locate RECORD DATA --step S        say where the rows of a recorded step stood
+  export RUN OUT [--dtype D]         write a run's model for transformers' from_pretrained
   score RUN DATA --out FILE          a reference model's loss on each domain, for policies that need it
   report RUN ...                     a table and a picture of finished runs
   mixtures OUT -n N [...]            sample mixtures to train small runs on
@@ -253,6 +254,32 @@ def locate_verb(argv: Sequence[str]) -> int:
     return 0
 
 
+def export_verb(argv: Sequence[str]) -> int:
+    parser = _parser("export", "Write the model of a run as a folder that from_pretrained of transformers reads.")
+    parser.add_argument("run", type=Path, help="a run's folder, or a checkpoint in it")
+    parser.add_argument("out", type=Path, help="the folder to write, which must not exist yet")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of parameters")
+    parser.add_argument(
+        "--like",
+        type=Path,
+        help="a folder of transformers, whose tokenizer is copied and whose special tokens are kept; by default the "
+        "one that the run began with, if any",
+    )
+    args = parser.parse_args(argv)
+    import torch
+
+    from mixloader.train.checkpoint import load_model, read_state, run_checkpoint
+    from mixloader.train.hf_checkpoint import export_hf, is_hf_folder
+
+    model, like = load_model(args.run), args.like
+    if like is None:
+        began = read_state(run_checkpoint(args.run))["config"]["init_from"]
+        like = Path(began) if began is not None and is_hf_folder(Path(began)) else None
+    export_hf(model, args.out, like=like, dtype=getattr(torch, args.dtype))
+    print(f"model {args.out}")
+    return 0
+
+
 def score_verb(argv: Sequence[str]) -> int:
     parser = _parser(
         "score",
@@ -395,6 +422,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "verify": verify_verb,
     "replay": replay_verb,
     "locate": locate_verb,
+    "export": export_verb,
     "score": score_verb,
     "report": report_verb,
     "mixtures": mixtures_verb,

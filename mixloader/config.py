@@ -32,6 +32,8 @@ class ModelConfig:
     dropout: probability after attention, after each residual branch and on the embeddings.
     tie_word_embeddings: one matrix for the embedding and the output.
     rope_theta: base of the rotary frequencies, llama only.
+    activation: "gelu" (nanoGPT's, and the default) or "gelu_tanh" (GPT-2's own approximation of it), gpt only.
+    norm_eps: what is added to the variance in LayerNorm and RMSNorm; None means 1e-5.
     """
 
     family: Literal["gpt", "llama"] = "gpt"
@@ -46,6 +48,9 @@ class ModelConfig:
     dropout: float = 0.0
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
+    # None where nothing is asked for, so that a run of a version without them can be gone on with.
+    activation: Literal["gelu", "gelu_tanh"] | None = None
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -53,6 +58,7 @@ class ModelConfig:
             _at_least(self, key, 1)
         _within(self, "dropout", 0.0, 0.99)
         _at_least(self, "rope_theta", 1.0)
+        _at_least(self, "norm_eps", 0.0)
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd is {self.n_embd}, which n_head = {self.n_head} does not divide")
         if self.family == "gpt":
@@ -65,6 +71,8 @@ class ModelConfig:
                 raise ConfigError(f"n_embd / n_head is {self.n_embd // self.n_head}; RoPE needs an even number")
             if self.bias:
                 raise ConfigError("bias is true, but family 'llama' has no biases; leave it out")
+            if self.activation is not None:
+                raise ConfigError(f"activation is {self.activation!r}, but family 'llama' has SwiGLU; leave it out")
 
     @property
     def kv_heads(self) -> int:
@@ -75,6 +83,14 @@ class ModelConfig:
         if self.n_inner is not None:
             return self.n_inner
         return 4 * self.n_embd if self.family == "gpt" else -(-8 * self.n_embd // (3 * 64)) * 64
+
+    @property
+    def gelu(self) -> str:
+        return self.activation or "gelu"
+
+    @property
+    def eps(self) -> float:
+        return 1e-5 if self.norm_eps is None else self.norm_eps
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,9 @@ class TrainConfig:
     feedback: report held-out losses to the policy.
     answers: probe files (JSON lines) by "source", "target" or domain; the loss of their gold answers is reported in
         place of held-out loss. Text in them needs the tokenizer that the manifest names.
-    reference: a run's folder or checkpoint; tokens are compared with the losses of its model, for policies that need
-        the excess. In policy_options, reference_losses and target_losses may be files of `mixloader score`.
+    reference: a run's folder, a checkpoint or a folder of transformers; tokens are compared with the losses of its
+        model, for policies that need the excess. In policy_options, reference_losses and target_losses
+        may be files of `mixloader score`.
     influence: measure influence for the policy, with these options of Influence ({} for the defaults); None does not.
     record_detail: the run record has all that the policy saw, for learning from it.
     learning_rate, min_lr, warmup_steps: linear warm-up, then a cosine down to min_lr (None: a tenth).
@@ -105,7 +122,9 @@ class TrainConfig:
     eval_every: steps between held-out losses, 0 for only before and after. eval_windows: windows a domain.
     checkpoint_every: steps between checkpoints, 0 for only the last. keep_checkpoints: how many stay.
     log_every: steps between lines of metrics.jsonl; an evaluation writes one, too.
-    init_from: parameters to start from: a run's folder, a checkpoint or a .safetensors file.
+    trackers: "jsonl", "tensorboard", "wandb", any of them: what is told of every decision (trackers.py), in `out`.
+    init_from: parameters to start from: a run's folder, a checkpoint or a .safetensors file; or a folder of
+        transformers with a GPT-2 or Llama model, whose shape `model` then takes.
     device: "auto", "cpu", "cuda", "cuda:1". dtype: "auto" (bfloat16 autocast on GPUs that have it),
         "float32" or "bfloat16". threads: CPU threads, None leaves them as they are.
     model: a ModelConfig.
@@ -142,6 +161,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -145,6 +146,7 @@ class Decider:
         self.detail = detail
         self.domains, self.builder, self.removed, self.guards = domains, builder, removed, guards
         self.policy, self.ranks = policy, Ranks() if ranks is None else ranks
+        self.policy_seconds = 0.0
         self.feedback: dict[str, tuple[float, int]] = {}
         if policy is not None and guards is not None and guards.deadline_s is not None:
             self.policy = TimedPolicy(policy, guards.deadline_s)
@@ -250,7 +252,9 @@ class Decider:
                     "the policy needs the excess over a reference, and no reference losses were given; pass "
                     "reference_losses=... to domain_cross_entropy (mixloader.scorer.Reference gives them)"
                 )
+            begin = time.perf_counter()
             answer = self.policy.decide(observation)
+            self.policy_seconds = time.perf_counter() - begin
             if answer is not None:
                 units, requested = self._guarded(answer, in_force, observation.tokens_since, task.exhausted)
         except Exception as failure:

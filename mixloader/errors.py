@@ -41,6 +41,10 @@ class ProbeError(MixLoaderError, ValueError):
     """A probe file that holds something else than questions with answers."""
 
 
+class FeedbackError(MixLoaderError, ValueError):
+    """Results of an evaluation that no losses can be made of."""
+
+
 class TableError(MixLoaderError, ValueError):
     """A CSV file of runs, losses or weights that cannot be read as one. The message names file, line and column."""
 

@@ -226,6 +226,11 @@ class MixLoader(LiveMixture, DataLoaderSurface):
         return self._core.step()
 
     @property
+    def queue_depth(self) -> int:
+        """Batches ahead of the one drawn last, ready or being filled."""
+        return self._core.queued()
+
+    @property
     def cursors(self) -> np.ndarray:
         """int64 [D]: windows of each domain drawn in all steps before the one under way."""
         return np.array(self._core.state()["cursors"], dtype=np.int64)

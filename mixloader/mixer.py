@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ class Mixer(MixerDomains, MixerState):
         """How often step() found the decision that was due not ready (with lag 0 it always waits: not counted)."""
         self.decision: Decision | None = None
         """The last one that took effect, and what it was made of; None before the first and after a resume."""
+        self.on_decision: Callable[[Decision, list[int]], None] | None = None
+        """Called with each decision as it takes effect and the integer weights from then on; see trackers.py."""
 
         self._before_reset = loader.state_dict()
         cursors = np.array(self._before_reset["cursors"], dtype=np.int64)
@@ -159,6 +161,11 @@ class Mixer(MixerDomains, MixerState):
             **({} if guards is None else {"guards": guards.to_json()}),
         )  # fmt: skip
         self._log = RunLog(record if self.ranks.leads else None, header)
+
+    @property
+    def policy_seconds(self) -> float:
+        """How long the policy took for the decision that it made last, on the clock of its own thread."""
+        return self._decider.policy_seconds
 
     @property
     def domain_weights(self) -> torch.Tensor | None:
@@ -359,7 +366,10 @@ class Mixer(MixerDomains, MixerState):
                     self._version += 1
                 self._in_force = decision.units.tolist()
         self.decision = decision
-        self._log.decision(decision, self._in_force, at, None if self._objective is None else self._objective.units)
+        objective = None if self._objective is None else self._objective.units
+        self._log.decision(decision, self._in_force, at, objective)
+        if self.on_decision is not None:
+            self.on_decision(decision, self._in_force if objective is None else objective.tolist())
 
     def _reset_policy(self, goes_on: bool = False) -> None:
         """Begin, or go on, with the table of domains as it is, and with the weights that the policy wants for it."""

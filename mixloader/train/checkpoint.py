@@ -22,6 +22,7 @@ from mixloader.config import ModelConfig
 from mixloader.errors import MixLoaderError, StateError
 from mixloader.files import sync
 from mixloader.influence import Influence
+from mixloader.train.hf_checkpoint import is_hf_folder, load_hf_model, load_hf_parameters
 from mixloader.train.model import LanguageModel, build_model
 
 VERSION = 1
@@ -132,14 +133,22 @@ def remove_old(out: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def load_model(path: Path) -> LanguageModel:
-    """The model of a checkpoint, or of a run's latest one, on the CPU; torch's generators stay as they are.
-
-    Raises StateError if there is none.
-    """
+def run_checkpoint(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the latest one of the run there; raises StateError if there is none."""
     folder = path if (path / "state.json").exists() else latest_checkpoint(path)
     if folder is None:
         raise StateError(f"{path} holds no checkpoint; expected a run's folder, or a folder step-000123 of one")
+    return folder
+
+
+def load_model(path: Path) -> LanguageModel:
+    """The model of a checkpoint, of a run's latest one or of a folder of transformers, on the CPU.
+
+    torch's generators stay as they are. Raises StateError if there is none.
+    """
+    if is_hf_folder(path):
+        return load_hf_model(path)
+    folder = run_checkpoint(path)
     config = read_state(folder)["config"]["model"]
     with torch.random.fork_rng(devices=[]):
         model = build_model(ModelConfig(**config))
@@ -148,10 +157,14 @@ def load_model(path: Path) -> LanguageModel:
 
 
 def load_parameters(path: Path, model: nn.Module) -> None:
-    """Copy parameters into `model`: from a .safetensors file, a checkpoint, or a run's latest checkpoint.
+    """Copy parameters into `model`: from a .safetensors file, a checkpoint, a run's latest one, or a folder of
+    transformers (for a LanguageModel).
 
     Raises StateError, and changes nothing, if a parameter is missing, left over or of another shape.
     """
+    if is_hf_folder(path):
+        load_hf_parameters(path, model)
+        return
     if path.is_dir():
         folder = path if (path / "model.safetensors").exists() else latest_checkpoint(path)
         if folder is None:

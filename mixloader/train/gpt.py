@@ -17,7 +17,7 @@ class GPT(LanguageModel):
         self.wpe = nn.Embedding(self.seq_len, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, self.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
@@ -34,9 +34,9 @@ class GPT(LanguageModel):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.eps, bias=config.bias)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.eps, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,6 +63,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, config.inner, bias=config.bias)
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
+        self.approximate = {"gelu": "none", "gelu_tanh": "tanh"}[config.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.c_proj(nn.functional.gelu(self.c_fc(x))))
+        return self.drop(self.c_proj(nn.functional.gelu(self.c_fc(x), approximate=self.approximate)))

@@ -20,7 +20,7 @@ class Llama(LanguageModel):
         self.wte = nn.Embedding(self.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.lm_head = nn.Linear(config.n_embd, self.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
@@ -57,9 +57,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm_1 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm_1 = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.attn = Attention(config)
-        self.norm_2 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm_2 = nn.RMSNorm(config.n_embd, eps=config.eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ FREE_KEYS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "trackers",
         "device",
         "threads",
         "record_detail",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mixloader.config import TrainConfig
 from mixloader.errors import ConfigError
-from mixloader.evaluate import held_out_loss
+from mixloader.evaluate import field_means, held_out_loss
 from mixloader.files import replace, sync
 from mixloader.influence import Influence
 from mixloader.loader import MixLoader
@@ -32,8 +32,10 @@ from mixloader.loss import domain_cross_entropy
 from mixloader.manifest import Manifest
 from mixloader.mixer import Mixer
 from mixloader.ranks import Ranks
+from mixloader.trackers import MixtureTracker, open_trackers
 from mixloader.train import checkpoint as checkpoints
 from mixloader.train.distributed import data_parallel, joined, mean_over, without_sync
+from mixloader.train.hf_checkpoint import fit_config, is_hf_folder
 from mixloader.train.model import build_model
 from mixloader.train.optimizer import build_optimizer, learning_rate_at
 from mixloader.train.parts import open_answers, open_guards, open_reference, policy_options
@@ -108,8 +110,13 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve(config: TrainConfig, manifest: Manifest, device: torch.device) -> TrainConfig:
-    """`config` with what it left to the data and the hardware filled in; raises ConfigError if they disagree."""
+    """`config` with what it left to the data, the hardware and a model to start from filled in.
+
+    Raises ConfigError if they disagree.
+    """
     model, vocab_size = config.model, manifest.vocab_size
+    if config.init_from is not None and is_hf_folder(Path(config.init_from)):
+        model = fit_config(model, Path(config.init_from))
     if model.vocab_size is None and vocab_size is None:
         raise ConfigError("model.vocab_size is not set, and the data does not say it either; set it")
     if model.vocab_size is not None and vocab_size is not None and model.vocab_size < vocab_size:
@@ -156,7 +163,11 @@ class Trainer:
         with ExitStack() as opened:
             self.loader = opened.enter_context(self._open_loader())
             self.tokens_per_step = self.loader.global_batch * config.seq_len
-            self.mixer = opened.enter_context(self._open_mixer())
+            trackers = open_trackers(config.trackers, folder.path)
+            self.mixer = self._open_mixer()
+            # Closed after the mixer, whose last decisions it is told of.
+            self.tracker = opened.enter_context(MixtureTracker(self.mixer, trackers))
+            opened.enter_context(self.mixer)
             self.before: dict[str, float] = {}
             self.held_out: dict[str, float] = {}
             if resume_from is None:
@@ -175,7 +186,7 @@ class Trainer:
     def run(self, progress: bool | None) -> TrainResult:
         """Train to the last step and write result.json."""
         config = self.config
-        batches = iter(self.loader)
+        batches = self.tracker.timed(self.loader)
         with self._bar(progress) as bar:
             while self.step < config.steps:
                 started = time.perf_counter()
@@ -255,15 +266,7 @@ class Trainer:
                 device=self.device,
             )
         if self.config.feedback:
-            self.mixer.feedback(self.held_out | self._field_means() | self._answer_losses())
-
-    def _field_means(self) -> dict[str, float]:
-        """The mean held-out loss of each field's domains."""
-        by_field: dict[str, list[float]] = {}
-        for domain in self.manifest.domains:
-            if domain.field is not None and domain.name in self.held_out:
-                by_field.setdefault(domain.field, []).append(self.held_out[domain.name])
-        return {field: sum(losses) / len(losses) for field, losses in by_field.items()}
+            self.mixer.feedback(self.held_out | field_means(self.held_out, self.manifest) | self._answer_losses())
 
     def _answer_losses(self) -> dict[str, float]:
         with self._autocast():
@@ -283,6 +286,9 @@ class Trainer:
         if evaluated:
             line["held_out"] = self.held_out
         self.folder.append_metrics(line)
+        shown = {f"train/{key}": line[key] for key in ("loss", "learning_rate", "tokens_per_second") if key in line}
+        shown |= {f"held_out/{name}": value for name, value in line.get("held_out", {}).items()}
+        self.tracker.log(self.step, shown)
 
     def _tokens_per_second(self) -> float:
         return self.step * self.tokens_per_step / self.seconds
