@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import Chase, tiny_config, tiny_data
 
+from mixloader.agent.offline.dataset import of_trajectory
+from mixloader.agent.offline.fit import main as fit_agent
 from mixloader.agent.trajectories import Trajectory, read_trajectories, rounded, write_trajectories
 from mixloader.errors import RecordError
 from mixloader.observation import Observation, Signal
-from mixloader.policies import register
+from mixloader.policies import make_policy, register
 from mixloader.train.trainer import train
 
 SEEN: list[Observation] = []
@@ -266,3 +268,29 @@ def test_signals_are_the_policys_own(known):
     assert again[0].loss.value.min() > 0
     assert isinstance(observations[1].loss, Signal)
     assert observations[1].weights.sum() == pytest.approx(1.0)
+
+
+def test_a_trajectory_is_decisions_to_learn_from(known):
+    trajectory, seen = known
+    found = of_trajectory(trajectory)
+    kept = trajectory.effect < trajectory.steps
+    assert len(found) == kept.sum() < len(trajectory), "the last decision has no effect any more"
+    np.testing.assert_allclose(found.action, trajectory.weights[1:][kept], rtol=1e-5)
+    np.testing.assert_allclose(found.weights, [o.weights for o in seen][: len(found)], rtol=1e-5)
+    np.testing.assert_allclose(found.reward, trajectory.rewards()[kept], rtol=1e-5, atol=1e-7)
+    assert found.left.tolist() == list(range(len(found) - 1, -1, -1))
+
+
+def test_an_agent_is_fitted_to_a_file_of_trajectories(known, tmp_path, capsys):
+    trajectory, _ = known
+    better = dataclasses.replace(
+        trajectory, feedback=trajectory.feedback * np.linspace(1, 0.9, len(trajectory.feedback))[:, None]
+    )
+    write_trajectories(tmp_path / "runs.zst", [trajectory, better])
+    assert fit_agent([str(tmp_path / "runs.zst"), "--out", str(tmp_path / "agent.safetensors"), "--updates", "3"]) == 0
+    assert "2 runs" in capsys.readouterr().out
+    policy = make_policy("agent", parameters=str(tmp_path / "agent.safetensors"))
+    policy.reset(trajectory.table)
+    weights = policy.decide(next(trajectory.observations()))
+    assert weights is not None
+    assert weights.sum() == pytest.approx(1)

@@ -1,0 +1,107 @@
+"""Decisions of finished runs as padded tensors: what was seen, what was done, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class States(NamedTuple):
+    """What a network is shown of B decisions, float32: domain [B, D, P], run [B, G], weights and prior [B, D] (zero
+    where padded), mask bool [B, D], limit [B]: how far a log weight may move."""
+
+    domain: Tensor
+    run: Tensor
+    weights: Tensor
+    prior: Tensor
+    mask: Tensor
+    limit: Tensor
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """N decisions of one or many runs, those of a run one after the other. float32 unless said otherwise.
+
+    domain [N, D, P], run [N, G], weights, prior [N, D], mask bool [N, D], limit [N]: the state (`States`).
+    action [N, D]: the weights that were in force after the decision; zero where padded.
+    reward [N]: the change of the score until the next decision. left int64 [N]: decisions that follow in the run.
+    """
+
+    domain: Tensor
+    run: Tensor
+    weights: Tensor
+    prior: Tensor
+    mask: Tensor
+    limit: Tensor
+    action: Tensor
+    reward: Tensor
+    left: Tensor
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    def states(self, index: Tensor) -> States:
+        """Those of some decisions, cut to the domains that any of them has."""
+        mask = self.mask[index]
+        size = int(mask.sum(1).max())
+        return States(
+            self.domain[index, :size], self.run[index], self.weights[index, :size], self.prior[index, :size],
+            mask[:, :size], self.limit[index],
+        )  # fmt: skip
+
+    def actions(self, index: Tensor) -> Tensor:
+        """[B, D] as many domains as `states(index)` has."""
+        return self.action[index, : int(self.mask[index].sum(1).max())]
+
+    def returns(self) -> Tensor:
+        """The sum of the rewards from each decision to the end of its run, [N]."""
+        return self.ahead(len(self))[0]
+
+    def ahead(self, steps: int) -> tuple[Tensor, Tensor]:
+        """The sum of up to `steps` rewards from each decision, [N], and the decision that comes then, int64 [N]; -1
+        where the run is over before."""
+        total = np.concatenate([[0.0], np.cumsum(self.reward.double().numpy())])
+        here = np.arange(len(self))
+        left = self.left.numpy()
+        then = here + np.minimum(steps, left + 1)
+        sums = torch.from_numpy(total[then] - total[here]).float()
+        return sums, torch.from_numpy(np.where(steps <= left, then, -1))
+
+    def scaled(self, factor: float) -> Transitions:
+        """With all rewards times `factor`."""
+        return replace(self, reward=self.reward * factor)
+
+    def runs(self) -> Iterator[range]:
+        """The decisions of each run."""
+        start = 0
+        for end in (torch.nonzero(self.left == 0).flatten() + 1).tolist():
+            yield range(start, end)
+            start = end
+
+    def where(self, runs: Sequence[int]) -> Transitions:
+        """Only the runs of these numbers, in this order."""
+        every = list(self.runs())
+        index = torch.tensor([i for number in runs for i in every[number]], dtype=torch.int64)
+        return Transitions(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[Transitions]) -> Transitions:
+        """Those of all parts, padded to the largest number of domains."""
+        size = max(part.mask.shape[1] for part in parts)
+        columns = {
+            f.name: torch.cat([_pad(f.name, getattr(part, f.name), size) for part in parts]) for f in fields(cls)
+        }
+        return cls(**columns)
+
+
+def _pad(name: str, values: Tensor, size: int) -> Tensor:
+    if name not in ("domain", "weights", "prior", "mask", "action"):
+        return values
+    padded = values.new_zeros(len(values), size, *values.shape[2:])
+    padded[:, : values.shape[1]] = values
+    return padded
