@@ -12,7 +12,6 @@ from simulator_reference import held_out as reference_held_out
 
 from mixloader.agent.episodes import (
     MAX_DOMAINS,
-    UNPROBED_SHARE,
     Episodes,
     blank,
     draw,
@@ -23,6 +22,7 @@ from mixloader.agent.episodes import (
 )
 from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
 from mixloader.agent.simulator import held_out, improvements, influence_now, pull_back, pull_back_all, run, score
+from mixloader.agent.trajectory import UNPROBED_SHARE
 from mixloader.errors import ConfigError
 
 

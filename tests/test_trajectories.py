@@ -236,6 +236,8 @@ def test_a_file_gives_back_what_was_written_to_five_digits(known, data, tmp_path
     again = tmp_path / "again.zst"
     write_trajectories(again, found)
     np.testing.assert_array_equal(read_trajectories(again)[0].loss, found[0].loss)
+    write_trajectories(again, [other])  # without a single number of influence
+    assert len(read_trajectories(again)[0].influence) == 0
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,12 +10,10 @@ import numpy as np
 
 from mixloader.agent.compiled import compiled
 from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
+from mixloader.agent.trajectory import UNPROBED_SHARE
 from mixloader.errors import ConfigError
 
 MAX_DOMAINS = 24
-
-UNPROBED_SHARE = 0.2
-"""Of a field's weight in the score: that of its domains that no probe covers, where it has any."""
 
 RANGES = Path(__file__).with_name("ranges.json")
 """The ranges that episodes are drawn from; `python -m mixloader.agent.calibrate` makes them from real runs."""

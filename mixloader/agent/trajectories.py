@@ -54,7 +54,7 @@ def write_trajectories(path: str | Path, trajectories: Sequence[Trajectory]) -> 
         values = np.concatenate([np.asarray(getattr(each, key)).ravel() for each in trajectories] or [np.zeros(0)])
         packed = rounded(values).astype("<f4") if key in _FLOATS else _smallest(values)
         dtypes[key] = packed.dtype.str
-        columns.append(packed.view(np.uint8).reshape(len(packed), -1).T.tobytes())
+        columns.append(packed.view(np.uint8).reshape(len(packed), packed.itemsize).T.tobytes())
     head = json.dumps({"mixloader_trajectories": VERSION, "dtypes": dtypes, "trajectories": entries})
     content = b"".join([head.encode(), b"\n", *columns])
     replace(Path(path), _zstandard().ZstdCompressor(level=_LEVEL, write_checksum=True).compress(content))
