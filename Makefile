@@ -5,8 +5,10 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 PEERS ?= .venv-peers
 MDS ?= .venv-mds
+FRAMEWORKS ?= .venv-frameworks
+HF457 ?= .venv-hf457
 
-.PHONY: demo test mds lint format bench peers asan tsan clean
+.PHONY: demo test mds frameworks hf457 lint format bench peers asan tsan clean
 
 demo: $(READY)
 	$(RUN) -m mixloader demo $(ARGS)
@@ -17,6 +19,14 @@ test: $(READY)
 # Against mosaicml-streaming, which wants an older numpy and transformers than .venv has.
 mds: $(MDS)/.ready
 	$(MDS)/bin/python -m pytest -q tests/mds $(ARGS)
+
+# Under Lightning and torchtitan, with TensorBoard and Weights & Biases.
+frameworks: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m pytest -q tests/test_lightning.py tests/test_torchtitan.py tests/test_trackers.py $(ARGS)
+
+# With the oldest transformers that Hugging Face's Trainer is mixed in.
+hf457: $(HF457)/.ready
+	$(HF457)/bin/python -m pytest -q tests/test_huggingface.py tests/test_hf_checkpoint.py $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
@@ -64,4 +74,20 @@ $(MDS)/.ready: pyproject.toml constraints.txt $(READY)
 	grep -vE "^(numpy|numba|scipy|matplotlib|tokenizers|transformers|fsspec|s3fs|aiobotocore|aiohttp|moto|xxhash|zstandard|torchdata)==" constraints.txt > $(MDS)/constraints.txt
 	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt torch setuptools pybind11
 	$(MDS)/bin/python -m pip install -q -c $(MDS)/constraints.txt --no-build-isolation -e ".[mds]" pytest hypothesis zstandard
+	touch $@
+
+# torchtitan without its requirements, among which is a later torch.
+$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt $(READY)
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install -q -c constraints.txt torch setuptools pybind11
+	$(FRAMEWORKS)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[lightning,track,hf]" pytest hypothesis
+	$(FRAMEWORKS)/bin/python -m pip install -q --no-deps torchtitan==0.3.0 spmd_types==0.2.3
+	$(FRAMEWORKS)/bin/python -m pip install -q -c constraints.txt tyro einops "datasets<4.8" torchdata
+	touch $@
+
+$(HF457)/.ready: pyproject.toml constraints.txt $(READY)
+	test -x $(HF457)/bin/python || $(PYTHON) -m venv $(HF457)
+	grep -vE "^(transformers|tokenizers)==" constraints.txt > $(HF457)/constraints.txt
+	$(HF457)/bin/python -m pip install -q -c $(HF457)/constraints.txt torch setuptools pybind11
+	$(HF457)/bin/python -m pip install -q -c $(HF457)/constraints.txt --no-build-isolation -e ".[hf]" "transformers==4.57.*" pytest hypothesis
 	touch $@
