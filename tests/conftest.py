@@ -1,6 +1,7 @@
 """Set before any test module is imported: without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -37,3 +38,11 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT is a KeyboardInterrupt, also where a shell without job control started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -514,6 +514,7 @@ def test_a_state_is_not_ahead_of_the_record(data, tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_wait_loses_no_decision(data):
     answer = threading.Event()
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixing import shipped_policies
 
+from mixloader.agent import behaviours  # noqa: F401  (registers two more)
 from mixloader.errors import StateError
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies import Policy, make_policy
@@ -33,7 +34,7 @@ QUICK = {
 }
 """Options that bring a policy to all its parts within the few decisions of a test."""
 
-SETS_ALL = {"natural", "uniform", "fixed", "fields", "temperature", "piecewise", "linear"}
+SETS_ALL = {"natural", "uniform", "fixed", "fields", "temperature", "piecewise", "linear", "walk", "perturbed"}
 """Mixtures that follow no measurement and do not look at the weights that there are."""
 
 TRIES = {"aioli", "skillit"}

@@ -385,6 +385,7 @@ def test_close_wakes_whoever_waits(paths, threads):
     assert "the loader is closed" in raised
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("threads", [0, 2])
 def test_ctrl_c_ends_a_wait_for_a_shard(paths, threads):
     with Stream(paths, threads=threads, fetched={0, 1, 2, 3}) as stream:

@@ -5,12 +5,14 @@ Two policies are made for it, "walk" and "perturbed"; importing this module regi
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from mixloader.errors import StateError
 from mixloader.observation import DomainTable, Observation
 from mixloader.policies.base import make_policy, register
 from mixloader.signals import numbers_from_json, numbers_to_json
@@ -22,17 +24,16 @@ class _Noise:
     """A Gaussian walk that is drawn back to zero, over the part of the run that has passed.
 
     size: its standard deviation in the long run; memory: the part of the run over which it forgets. seed: of its steps,
-    each of which depends on the seed and its number alone, so that a resumed run has the same.
+    each of which depends on the seed, its number and the domain's name alone: a resumed run has the same, and so has
+    one with its domains in another order.
     """
 
     def __init__(self, size: float, memory: float, seed: int):
         self.size, self.memory, self.seed = size, memory, seed
 
     def reset(self, domains: DomainTable) -> None:
-        # Domains of a field move together, too: what matters most is how much goes to each field.
-        fields = sorted({str(field) for field in domains.fields})
-        self._field = np.array([fields.index(str(field)) for field in domains.fields])
-        self.value = self._shocks(0, len(domains)) * self.size
+        self._names, self._fields = domains.names, [f"field {field}" for field in domains.fields]
+        self.value = self._shocks(0) * self.size
         self.count, self.progress = 0, 0.0
 
     def move(self, progress: float) -> np.ndarray:
@@ -41,19 +42,30 @@ class _Noise:
             progress = self.progress + 0.01  # a run of unknown length: as if it took a hundred decisions
         kept = np.exp(-max(0.0, progress - self.progress) / self.memory)
         self.count, self.progress = self.count + 1, progress
-        new = self._shocks(self.count, len(self.value)) * self.size
+        new = self._shocks(self.count) * self.size
         self.value = kept * self.value + np.sqrt(1 - kept * kept) * new
         return self.value
 
-    def _shocks(self, number: int, domains: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, number])
-        return np.sqrt(0.5) * (rng.normal(size=domains) + rng.normal(size=self._field.max() + 1)[self._field])
+    def _shocks(self, number: int) -> np.ndarray:
+        # Domains of a field move together, too: what matters most is how much goes to each field.
+        own, of_field = (_normal_by_name(names, self.seed, number) for names in (self._names, self._fields))
+        return np.sqrt(0.5) * (own + of_field)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value.tolist(), "count": self.count, "progress": self.progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["value"]) != len(self._names):
+            raise StateError(
+                f"the state of a random walk is of {len(state['value'])} domains; expected {len(self._names)}, those "
+                "of this run: resume with the manifest that it was saved with"
+            )
         self.value, self.count, self.progress = np.array(state["value"]), state["count"], state["progress"]
+
+
+def _normal_by_name(names: Sequence[str], *seed: int) -> np.ndarray:
+    """A standard normal number for each name, the same wherever it stands; float64 [len(names)]."""
+    return np.array([np.random.default_rng([*seed, zlib.crc32(name.encode())]).normal() for name in names])
 
 
 def _mixture(log_weights: np.ndarray) -> np.ndarray:
@@ -85,7 +97,7 @@ class Walk:
         self._noise = _Noise(noise, memory, seed + 1)
 
     def reset(self, domains: DomainTable) -> np.ndarray:
-        logits = self.temperature * np.random.default_rng([self.seed]).normal(size=len(domains))
+        logits = self.temperature * _normal_by_name(domains.names, self.seed)
         weights = _mixture(logits)
         target = np.array([field == "target" for field in domains.fields])
         if self.target_share is not None and 0 < target.sum() < len(target):

@@ -16,7 +16,7 @@ from mixloader.observation import DomainTable, Observation
 from mixloader.policies.set_network import from_text, to_text
 
 _COLUMNS = {"source": 0, "target": 1}
-_LARGEST = 1e60  # of an influence: gradients are float32, and their products below 1e77
+_LARGEST = 1e100  # of an influence; products of gradients in float32 are below 1e77
 _NEVER = -2  # what is told before the first step is told after step -1
 
 
