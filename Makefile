@@ -8,13 +8,17 @@ MDS ?= .venv-mds
 FRAMEWORKS ?= .venv-frameworks
 HF457 ?= .venv-hf457
 
-.PHONY: demo test mds frameworks hf457 lint format bench peers asan tsan clean
+.PHONY: demo test slow mds frameworks hf457 lint format bench peers asan tsan clean
 
 demo: $(READY)
 	$(RUN) -m mixloader demo $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest -q $(ARGS)
+
+# Many processes, kills and resumes of examples, fits: what is too long to be waited for at every change.
+slow: $(READY)
+	$(RUN) -m pytest -q -m slow $(ARGS)
 
 # Against mosaicml-streaming, which wants an older numpy and transformers than .venv has.
 mds: $(MDS)/.ready
@@ -26,7 +30,7 @@ frameworks: $(FRAMEWORKS)/.ready
 
 # With the oldest transformers that Hugging Face's Trainer is mixed in.
 hf457: $(HF457)/.ready
-	$(HF457)/bin/python -m pytest -q tests/test_huggingface.py tests/test_hf_checkpoint.py $(ARGS)
+	$(HF457)/bin/python -m pytest -q -m 'slow or not slow' tests/test_huggingface.py tests/test_hf_checkpoint.py $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h

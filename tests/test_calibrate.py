@@ -114,6 +114,7 @@ def test_runs_without_held_out_losses_are_refused():
         measured_runs([Trajectory(**{**one.__dict__, "held_out": one.held_out[:1]})])
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_runs_are_found(made, found):
     """As far as five losses a domain and their fields' feedback tell; the logarithms of what was drawn."""
     runs, episodes = made
@@ -146,6 +147,7 @@ def test_a_prediction_has_the_derivative_that_the_fit_uses(made):
     torch.testing.assert_close(found, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_second_half_of_a_run_is_predicted_from_the_first(made):
     runs = some(made[0], np.arange(12))
     report = predictions(runs, read_ranges(), read_ranges(), iterations=200)
@@ -168,6 +170,7 @@ def test_what_nothing_was_measured_of_keeps_its_range(made):
         assert 0.3 < z.std() < 0.75, name
 
 
+@pytest.mark.slow
 def test_ranges_follow_the_runs(made):
     """Runs whose levels all lie in the upper half of the range that was likely before."""
     runs, _ = made
@@ -187,6 +190,7 @@ def test_influence_is_told_from_losses_alone(made):
     assert np.isnan(influence_agreement(mute, some(made[0], np.arange(2)), read_ranges(), iterations=1))
 
 
+@pytest.mark.slow
 def test_the_command_writes_ranges_and_reports(tmp_path, capsys):
     files = tmp_path / "runs.zst", tmp_path / "a.json", tmp_path / "b.json"
     write_trajectories(files[0], made_runs(6, 1)[0])

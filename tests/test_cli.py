@@ -45,6 +45,7 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(data, tmp_path):
     """G3, with the shipped agent: the same command after SIGKILL ends with the same bits and the same record."""
     changes = {"steps": 200, "policy": "agent", "checkpoint_every": 5, "lag": 2, "feedback": True}

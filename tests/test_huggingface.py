@@ -223,6 +223,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(data, whole, tmp_path, ch
     assert any("feedback" in decision for decision in decisions[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_influence_and_an_acting_loss_is_the_run_that_was_not_stopped(data, tmp_path):
     options = {"policy": "influence", "mixing": {"act": "objective", "guards": Guards(floor=0.05)}}
     expected, _, _ = finish(data, tmp_path, **options)
@@ -276,6 +277,7 @@ def test_half_a_checkpoint_is_passed_over(whole, tmp_path):
         last_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_trls_sfttrainer_resumes_on_the_same_terms(data, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed (pip install trl datasets)")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed (pip install trl datasets)")
@@ -319,6 +321,7 @@ def run_example(monkeypatch, name, *argv):
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["huggingface.py", "accelerate_script.py"])
 def test_an_example_that_is_killed_and_resumed_is_the_one_that_was_not(data, tmp_path, monkeypatch, name):
     from safetensors.torch import load_file

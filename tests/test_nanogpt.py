@@ -60,6 +60,7 @@ def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(data, whole, 
     assert read_record(tmp_path / "record.jsonl").decisions == decisions
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(data, whole, tmp_path):
     kill_at_step(7, ROOT / "tests" / "nanogpt_loop.py", data, tmp_path, ITERATIONS, 2, "chase", "scratch")
     assert sorted(seen(tmp_path)) == list(range(6))

@@ -80,6 +80,7 @@ def learnt(data, name, updates):
     return learn(data, new_actor(), name, updates, seed=0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "updates", "ahead"), [("awr", 150, 0.15), ("iql", 200, 0.15), ("cql", 100, 0.15)])
 def test_what_is_learnt_is_better_than_the_data_also_among_more_domains_than_there_were(data, name, updates, ahead):
     actor = learnt(data, name, updates)
@@ -91,6 +92,7 @@ def test_cloning_does_as_well_as_the_data(data):
     assert worth(learnt(data, "bc", 200)) == pytest.approx(worth(None), abs=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_the_same_seed_learns_the_same_bits(data, name):
     first, second = (learnt(data, name, 5).state_dict() for _ in range(2))
@@ -149,6 +151,7 @@ def test_the_conservative_term_is_the_log_of_a_mean_exponential_over_what_was_do
     assert excess.item() == pytest.approx((each.exp().mean(0).log() - own).mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_more_conservatism_lowers_what_is_not_in_the_data(data):
     """Only relative to what is: the excess of a softmax over proposals falls as alpha rises."""
 
@@ -166,6 +169,7 @@ def test_what_cannot_be_learnt_from_is_refused(data):
         learn(data.where([0]), new_actor(), "bc", 1, 0)
 
 
+@pytest.mark.slow
 def test_simulated_runs_return_the_change_of_their_score():
     rng = np.random.default_rng(0)
     episodes = draw(4, rng)

@@ -12,7 +12,10 @@ from tiny_run import tiny_config, tiny_data
 
 from mixloader.record import read_record
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
+]
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
