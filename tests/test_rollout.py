@@ -8,7 +8,7 @@ import torch
 
 from mixloader.agent import fit
 from mixloader.agent.action import soft_step
-from mixloader.agent.episodes import MAX_DOMAINS, draw, mask, take
+from mixloader.agent.episodes import draw, mask, take
 from mixloader.agent.features import SOURCE, TARGET
 from mixloader.agent.network import SetNetwork, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
@@ -72,7 +72,7 @@ def test_rows_add_up_to_the_quota(episodes):
 def test_influence_comes_when_due_with_the_error_that_it_reports(episodes):
     """Without memory and distortion: the reported standard error is that of the value, one unit for both fields."""
     every = np.full(64, 4)
-    exact = {"influence_kept": np.zeros(64), "distortion": np.ones((64, MAX_DOMAINS, 2))}
+    exact = {"influence_kept": np.zeros(64), "distortion": np.ones((*episodes.field.shape, 2))}
     z = []
     for seen, history, t in watched(episodes, 32, influence_every=every, influence_error=np.full(64, 0.3), **exact):
         due = (t + 1) // 4 * 4
@@ -104,7 +104,7 @@ UNITS = draw_signals(draw(64, np.random.default_rng(7)), 32, np.random.default_r
 def test_feedback_is_of_probed_domains_on_its_cadence(episodes):
     told = np.resize([FIELDS, DOMAINS, BOTH], 64)
     changes = {"feedback_every": np.full(64, 3), "told": told, "feedback_error": np.zeros(64)}
-    for seen, history, t in watched(episodes, 12, offset=np.zeros((64, MAX_DOMAINS)), **changes):
+    for seen, history, t in watched(episodes, 12, offset=np.zeros(episodes.field.shape), **changes):
         for b in range(64):
             n = episodes.size[b]
             losses, probe = history.held_out[b, t, :n], episodes.probe[b, :n]

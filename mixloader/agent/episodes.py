@@ -13,14 +13,15 @@ from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
 from mixloader.agent.trajectory import UNPROBED_SHARE
 from mixloader.errors import ConfigError
 
-MAX_DOMAINS = 24
+MAX_DOMAINS = 56
+"""Most domains of an episode: a few more than the 52 of the paper's domain space."""
 
 RANGES = Path(__file__).with_name("ranges.json")
 """The ranges that episodes are drawn from; `python -m mixloader.agent.calibrate` makes them from real runs."""
 
 
 class Episodes(NamedTuple):
-    """B runs of up to MAX_DOMAINS domains each; float64 unless said otherwise, of no meaning beyond `size`.
+    """B runs of up to D <= MAX_DOMAINS domains each; float64 unless said otherwise, of no meaning beyond `size`.
 
     Shapes [B, D]: field (int64), tokens (distinct, in parts of the budget), prior, probe (weight of the domain in
     its field's probe: sums to 1 over the probed domains of a field, 0 if no probe covers the domain), value (weight of
@@ -115,12 +116,12 @@ def read_ranges(path: Path = RANGES) -> Ranges:
     return Ranges(**pairs)
 
 
-def blank(count: int) -> Episodes:
-    """`count` episodes whose numbers are all zero."""
-    wide = (count, MAX_DOMAINS)
+def blank(count: int, width: int = MAX_DOMAINS) -> Episodes:
+    """`count` episodes of up to `width` domains, whose numbers are all zero."""
+    wide = (count, width)
     shapes: dict[str, tuple[int, ...]] = {"level": (*wide, 2), "rate": (*wide, 2)}
     for name in ("transfer", "similar"):
-        shapes[name] = (*wide, MAX_DOMAINS)
+        shapes[name] = (*wide, width)
     for name in ("size", "preference", "budget", "rows", "warmup", "lr_end", "bump", "memory", "relearn", "wear"):
         shapes[name] = (count,)
     integers = ("size", "field")
@@ -133,7 +134,18 @@ def draw(count: int, rng: np.random.Generator, ranges: Ranges | None = None) -> 
     """`count` runs with every number drawn anew from `ranges` (by default the shipped ones)."""
     episodes = blank(count)
     _draw_all(rng, ranges or read_ranges(), episodes)
-    return episodes
+    return cut(episodes)
+
+
+def cut(episodes: Episodes) -> Episodes:
+    """Without the padding that all of them have."""
+    width, needed = episodes.field.shape[1], int(episodes.size.max())
+
+    def short(array: np.ndarray) -> np.ndarray:
+        axes = (slice(needed) if side == width else slice(None) for side in array.shape[1:])
+        return np.ascontiguousarray(array[(slice(None), *axes)])
+
+    return Episodes(*map(short, episodes))
 
 
 def take(episodes: Episodes, which: np.ndarray | slice) -> Episodes:
@@ -143,7 +155,7 @@ def take(episodes: Episodes, which: np.ndarray | slice) -> Episodes:
 
 def mask(episodes: Episodes) -> np.ndarray:
     """Which entries are domains and not padding, bool [B, D]."""
-    return np.arange(MAX_DOMAINS) < episodes.size[:, None]
+    return np.arange(episodes.field.shape[1]) < episodes.size[:, None]
 
 
 def probe_weights(field: np.ndarray, probed: np.ndarray, preference: float) -> tuple[np.ndarray, np.ndarray]:
@@ -187,8 +199,11 @@ def _log_uniform(rng, pair):
 def _draw_fields(rng, field):
     """Fields of 2 to MAX_DOMAINS domains: mostly both fields, sometimes only one, with or without others."""
     sources, targets, others = 1, 1, 0
-    if rng.random() >= 0.2:  # the commonest real case is one domain a field
+    kind = rng.random()
+    if kind >= 0.2:  # the commonest real case is one domain a field
         sources, targets = int(_log_uniform(rng, (1.0, 13.0))), int(_log_uniform(rng, (1.0, 7.0)))
+        if kind > 0.94:  # topics as domains
+            sources, targets = int(_log_uniform(rng, (8.0, 28.0))), int(_log_uniform(rng, (8.0, 28.0)))
         if rng.random() < 0.4:
             others = int(5 * rng.random())
         one_field = rng.random()
@@ -196,7 +211,7 @@ def _draw_fields(rng, field):
             sources, targets = 0, max(targets, 2)
         elif one_field < 0.08:
             sources, targets = max(sources, 2), 0
-    size = min(sources + targets + others, MAX_DOMAINS)
+    size = min(sources + targets + others, len(field))
     field[:] = NO_FIELD
     field[:sources] = SOURCE
     field[sources : sources + targets] = TARGET

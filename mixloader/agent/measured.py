@@ -54,12 +54,13 @@ def measured_runs(trajectories: Sequence[Trajectory]) -> Runs:
                 f"trajectory {number} has {len(run.held_out)} held-out losses of {len(run.table)} domains; expected at "
                 f"least 2 of at most {MAX_DOMAINS}"
             )
-    episodes = blank(len(trajectories))
+    width = max(len(run.table) for run in trajectories)
+    episodes = blank(len(trajectories), width)
     told = [_measurements(run) for run in trajectories]
     most = max(len(one) for one in told)
     shape = (len(trajectories), most)
     runs = Runs(
-        episodes, np.zeros((len(trajectories), STEPS, MAX_DOMAINS)), np.zeros(shape), np.zeros((*shape, MAX_DOMAINS)),
+        episodes, np.zeros((len(trajectories), STEPS, width)), np.zeros(shape), np.zeros((*shape, width)),
         np.zeros(shape), np.zeros(shape), np.full(shape, np.inf), np.zeros(shape, dtype=bool),
     )  # fmt: skip
     for b, (run, measurements) in enumerate(zip(trajectories, told, strict=True)):

@@ -8,7 +8,7 @@ import numpy as np
 
 from mixloader.agent.action import CAP, FLOOR, act, bound, project
 from mixloader.agent.compiled import compiled
-from mixloader.agent.episodes import MAX_DOMAINS, Episodes
+from mixloader.agent.episodes import Episodes
 from mixloader.agent.features import N_DOMAIN, N_GLOBAL, make_features
 from mixloader.agent.memory import (
     FEEDBACK_ROWS,
@@ -36,21 +36,21 @@ class Rollout:
     """
 
     def __init__(self, episodes: Episodes, signals: Signals, steps: int, rng: np.random.Generator):
-        count = len(episodes.size)
+        count, width = episodes.field.shape
         self.episodes, self.signals, self.steps, self._rng = episodes, signals, steps, rng
         self.history = new_history(episodes, steps)
-        self.weights = np.zeros((count, steps, MAX_DOMAINS))
+        self.weights = np.zeros((count, steps, width))
         self.weights[:, 0] = episodes.prior
-        self.domain = np.zeros((count, steps, MAX_DOMAINS, N_DOMAIN), dtype=np.float32)
+        self.domain = np.zeros((count, steps, width, N_DOMAIN), dtype=np.float32)
         self.run = np.zeros((count, steps, N_GLOBAL), dtype=np.float32)
         self.limit = np.zeros((count, steps))
-        self.actions = np.zeros((count, steps, MAX_DOMAINS), dtype=np.float32)
+        self.actions = np.zeros((count, steps, width), dtype=np.float32)
         self.readings = new_readings(episodes, rng)
         # Each episode's State in the first entries of its row: a state of its size, in one piece.
         self._state = State(
-            np.zeros((count, LOSS_ROWS * MAX_DOMAINS)),
-            np.zeros((count, INFLUENCE_ROWS * 2 * MAX_DOMAINS)),
-            np.zeros((count, FEEDBACK_ROWS * (MAX_DOMAINS + 2))),
+            np.zeros((count, LOSS_ROWS * width)),
+            np.zeros((count, INFLUENCE_ROWS * 2 * width)),
+            np.zeros((count, FEEDBACK_ROWS * (width + 2))),
         )
         for b, size in enumerate(episodes.size):
             for rows, part in zip(self._state, new_state(int(size)), strict=True):

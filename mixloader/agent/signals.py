@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixloader.agent.compiled import compiled
-from mixloader.agent.episodes import MAX_DOMAINS, Episodes
+from mixloader.agent.episodes import Episodes
 from mixloader.agent.features import SOURCE
 from mixloader.agent.simulator import influence_now, learning_rate
 
@@ -65,8 +65,7 @@ class Readings(NamedTuple):
 
 def draw_signals(episodes: Episodes, steps: int, rng: np.random.Generator) -> Signals:
     """Instruments for runs of `steps` decisions: a quarter has no influence, a quarter no feedback."""
-    count = len(episodes.size)
-    shape = (count, MAX_DOMAINS)
+    count, _ = shape = episodes.field.shape
 
     def log_uniform(low: float, high: float) -> np.ndarray:
         return np.exp(rng.uniform(np.log(low), np.log(high), count))
@@ -163,7 +162,7 @@ def _read_influence(e, signals, b, history, t, rng, out):
         share = n * out.rows[b, d] / max(total, 1.0)
         out.rows[b, d] = 0.0
         for f in range(2):
-            if not probed[f] or (share == 0 and out.sums[b, 1, d, f] == 0):
+            if not probed[f] or (share == 0 and kept * out.sums[b, 1, d, f] == 0):
                 continue
             sums = out.sums[b, :, d, f]
             value = share * now[d, f] * signals.distortion[b, d, f] + np.sqrt(share) * error * rng.standard_normal()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mixloader.agent.compiled import compiled
-from mixloader.agent.episodes import MAX_DOMAINS, Episodes, blank
+from mixloader.agent.episodes import Episodes, blank
 from mixloader.agent.features import SOURCE, TARGET
 
 _FINEST = 32
@@ -48,8 +48,9 @@ class History(NamedTuple):
 def new_history(episodes: Episodes, steps: int) -> History:
     """The beginning of runs of `steps` steps."""
     parts = steps * -(-_FINEST // steps)
-    wide = (len(episodes.size), parts + 1, MAX_DOMAINS)
-    held_out = np.zeros((wide[0], steps + 1, MAX_DOMAINS))
+    count, width = episodes.field.shape
+    wide = (count, parts + 1, width)
+    held_out = np.zeros((count, steps + 1, width))
     held_out[:, 0] = episodes.start
     return History(held_out, np.zeros(wide), np.zeros((*wide, 2)), np.zeros(wide))
 
@@ -271,7 +272,7 @@ def pull_back_all(
 ) -> tuple[np.ndarray, Episodes]:
     """As `pull_back`, and the derivatives by start, gain, knee, power, level, rate, hold, transfer, similar, relearn
     and wear, in Episodes whose other numbers are zero."""
-    out, grads = np.zeros(weights.shape), blank(len(episodes.size))
+    out, grads = np.zeros(weights.shape), blank(*episodes.field.shape)
     _pull_back(episodes, weights, history, np.ascontiguousarray(cotangent), out, grads, True)
     return out, grads
 
