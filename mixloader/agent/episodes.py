@@ -137,13 +137,21 @@ def draw(count: int, rng: np.random.Generator, ranges: Ranges | None = None) -> 
     return cut(episodes)
 
 
+def asked_anew(episodes: Episodes, rng: np.random.Generator, ranges: Ranges) -> Episodes:
+    """The same dynamics under another preference, prior, probes, batch, budget and noise. The argument stays."""
+    again = Episodes(*(array.copy() for array in episodes))
+    _draw_tasks(rng, ranges, again)
+    return again
+
+
 def cut(episodes: Episodes) -> Episodes:
     """Without the padding that all of them have."""
     width, needed = episodes.field.shape[1], int(episodes.size.max())
 
     def short(array: np.ndarray) -> np.ndarray:
         axes = (slice(needed) if side == width else slice(None) for side in array.shape[1:])
-        return np.ascontiguousarray(array[(slice(None), *axes)])
+        index = (slice(None), *axes)
+        return np.ascontiguousarray(array[index])
 
     return Episodes(*map(short, episodes))
 
@@ -305,6 +313,23 @@ def _draw_domains(rng, r, e, b, n):
         e.rate[b, d, 0] = rate * _log_uniform(rng, r.rate_domain)
         e.rate[b, d, 1] = slow_rate * e.rate[b, d, 0]
         e.hold[b, d] = hold * _log_uniform(rng, r.hold_domain)
+
+
+@compiled
+def _draw_task(rng, r, e, b, n):
+    """What is asked of a run, from where, and how noisy its losses are."""
+    field = e.field[b, :n]
+    _draw_prior(rng, field, e.tokens[b, :n], e.prior[b, :n])
+    e.preference[b] = 0.5 if rng.random() < 0.4 else rng.random()
+    probed = np.zeros(n, dtype=np.bool_)
+    _draw_probed(rng, field, probed)
+    e.probe[b, :n], e.value[b, :n] = 0.0, 0.0
+    _weigh(field, probed, e.preference[b], e.probe[b], e.value[b])
+    few = rng.random() < 0.6
+    e.rows[b] = _log_uniform(rng, (1200.0, 20_000.0) if few else (20_000.0, 1e7))
+    e.budget[b] = e.rows[b] * 2.0 ** (7 + int(6 * rng.random()))
+    e.bump[b], e.memory[b] = _uniform(rng, r.bump), _log_uniform(rng, r.memory)
+    for d in range(n):
         e.row_std[b, d], e.token_std[b, d] = _uniform(rng, r.row_std), _uniform(rng, r.token_std)
 
 
@@ -318,17 +343,15 @@ def _draw_all(rng, r, e):
         for d in range(n):
             tokens[d] = np.exp(spread * rng.standard_normal())
         tokens *= _log_uniform(rng, (0.5, 100.0)) / tokens.sum()
-        _draw_prior(rng, field, tokens, e.prior[b, :n])
         _draw_company(rng, r, field, e.transfer[b], e.similar[b])
         _draw_domains(rng, r, e, b, n)
-        e.preference[b] = 0.5 if rng.random() < 0.4 else rng.random()
-        probed = np.zeros(n, dtype=np.bool_)
-        _draw_probed(rng, field, probed)
-        _weigh(field, probed, e.preference[b], e.probe[b], e.value[b])
-        few = rng.random() < 0.6
-        e.rows[b] = _log_uniform(rng, (1500.0, 20_000.0) if few else (20_000.0, 1e7))
-        e.budget[b] = e.rows[b] * 2.0 ** (7 + int(6 * rng.random()))
+        _draw_task(rng, r, e, b, n)
         e.warmup[b] = 0.12 * rng.random()
         e.lr_end[b] = 1.0 if rng.random() < 0.1 else 0.3 * rng.random()
-        e.bump[b], e.relearn[b] = _uniform(rng, r.bump), _uniform(rng, r.relearn)
-        e.wear[b], e.memory[b] = _log_uniform(rng, r.wear), _log_uniform(rng, r.memory)
+        e.relearn[b], e.wear[b] = _uniform(rng, r.relearn), _log_uniform(rng, r.wear)
+
+
+@compiled
+def _draw_tasks(rng, r, e):
+    for b in range(len(e.size)):
+        _draw_task(rng, r, e, b, e.size[b])

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,14 +48,18 @@ CHOSEN = 0.25
 """Part of the decisions of a batch at which the network's gradient is taken."""
 
 
-def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: int) -> None:
+Drawn = Callable[[int, np.random.Generator], Episodes]
+"""Draws so many episodes to learn from."""
+
+
+def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: int, drawn: Drawn = draw) -> None:
     """Set the network's ranges (0.1 and 99.9 %) and scales from episodes under a random walk."""
     domain, run = [], []
     for steps in STEPS:
-        drawn = draw(episodes, rng)
-        rollout = play(drawn, draw_signals(drawn, steps, rng), steps, by_random_walk(rng), rng)
+        some = drawn(episodes, rng)
+        rollout = play(some, draw_signals(some, steps, rng), steps, by_random_walk(rng), rng)
         decided = slice(0, steps - 1)
-        domain.append(rollout.domain[:, decided].transpose(0, 2, 1, 3)[mask(drawn)].reshape(-1, N_DOMAIN))
+        domain.append(rollout.domain[:, decided].transpose(0, 2, 1, 3)[mask(some)].reshape(-1, N_DOMAIN))
         run.append(rollout.run[:, decided].reshape(-1, N_GLOBAL))
     columns = [
         *np.concatenate(domain)[:, network.domain_columns.numpy()].T,
@@ -107,7 +112,7 @@ def policy_gradient(network: SetNetwork, rollout: Rollout, rng: np.random.Genera
     return total
 
 
-def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch: int) -> None:
+def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch: int, drawn: Drawn = draw) -> None:
     """Ascend the mean objective over new random episodes; Adam with a cosine from 3e-3.
 
     A batch is made in CHUNKS parts, as many at once as there are processors: the result is that of one processor.
@@ -122,7 +127,7 @@ def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch:
             steps, arrays = int(rng.choice(STEPS)), network.parameters_as_arrays()
 
             def chunk(rng: np.random.Generator, steps=steps, arrays=arrays) -> tuple[float, list[Tensor]]:
-                episodes = draw(-(-batch // CHUNKS), rng)
+                episodes = drawn(-(-batch // CHUNKS), rng)
                 signals = draw_signals(episodes, steps, rng)
                 rollout = play(episodes, signals, steps, by_parameters(arrays), rng)
                 reached = float(score(episodes, rollout.history.held_out[:, -1]).mean())
@@ -139,14 +144,14 @@ def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch:
             progress.set_postfix(score=f"{mean:.4f}", refresh=False)
 
 
-def fit(seed: int, iterations: int, batch: int) -> Parameters:
+def fit(seed: int, iterations: int, batch: int, drawn: Drawn = draw) -> Parameters:
     """Parameters from scratch. Deterministic on one kind of machine, on any number of processors."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     network = SetNetwork()
-    measure_features(network, rng, episodes=2 * batch)
-    train(network, rng, iterations, batch)
+    measure_features(network, rng, 2 * batch, drawn)
+    train(network, rng, iterations, batch, drawn)
     return network.parameters_as_arrays()
 
 

@@ -65,7 +65,8 @@ class Readings(NamedTuple):
 
 def draw_signals(episodes: Episodes, steps: int, rng: np.random.Generator) -> Signals:
     """Instruments for runs of `steps` decisions: a quarter has no influence, a quarter no feedback."""
-    count, _ = shape = episodes.field.shape
+    shape = episodes.field.shape
+    count = shape[0]
 
     def log_uniform(low: float, high: float) -> np.ndarray:
         return np.exp(rng.uniform(np.log(low), np.log(high), count))
@@ -86,7 +87,7 @@ def draw_signals(episodes: Episodes, steps: int, rng: np.random.Generator) -> Si
         feedback_error=log_uniform(0.002, 0.05),
         offset=0.1 * rng.standard_normal(shape),
         told=rng.choice([FIELDS, DOMAINS, BOTH], count, p=[0.6, 0.15, 0.25]),
-        budget_known=rng.random(count) > 0.1,
+        budget_known=rng.random(shape[:1]) > 0.1,
         log_size=np.where(rng.random(count) < 0.3, np.nan, rng.uniform(5.5, 10.5, count)),
     )
 
