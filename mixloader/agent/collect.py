@@ -137,17 +137,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     split = Split.load(args.split)
     failed: list[str] = []
-    with sole_user(args.out, "collection"):
-        if args.corpora is not None:
-            numbers = _numbers(args.episodes, split.episodes)
+    if args.corpora is not None:
+        numbers = _numbers(args.episodes, split.episodes)
+        with sole_user(args.out, "collection"):
             failed = collect(split, args.corpora, args.out, numbers, workers=args.workers, engine=args.engine)
-        elif args.pack is None:
-            raise ConfigError("expected --corpora DIR to run episodes, or --pack FILE to pack finished ones")
-        if args.pack is not None:
-            from mixloader.agent.data_card import pack_collection
+    elif args.pack is None:
+        raise ConfigError("expected --corpora DIR to run episodes, or --pack FILE to pack finished ones")
+    if args.pack is not None:
+        # While a collection runs, too: what is finished stays as it is.
+        from mixloader.agent.data_card import pack_collection
 
-            card = pack_collection(Collection(split, args.out), args.pack)
-            print(f"trajectories {args.pack} ({args.pack.stat().st_size / 1e6:.1f} MB)\ncard {card}")
+        card = pack_collection(Collection(split, args.out), args.pack)
+        print(f"trajectories {args.pack} ({args.pack.stat().st_size / 1e6:.1f} MB)\ncard {card}")
     if failed:
         print(f"{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0

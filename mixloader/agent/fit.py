@@ -207,12 +207,12 @@ def _summary(episodes: Episodes, held_out: np.ndarray, reference: np.ndarray) ->
 
 
 def evaluate(
-    parameters: Parameters, seed: int, count: int, steps: int = 48, oracles: bool = True
+    parameters: Parameters, seed: int, count: int, steps: int = 48, oracles: bool = True, drawn: Drawn = draw
 ) -> dict[str, dict[str, float]]:
     """Scores on `count` held-out episodes: the agent with and without its signals, fixed mixtures and what knowledge
     of the episode's numbers could reach."""
     rng = np.random.default_rng(seed)
-    episodes = draw(count, rng)
+    episodes = drawn(count, rng)
     signals = draw_signals(episodes, steps, rng)
 
     def agent(signals: Signals) -> np.ndarray:
