@@ -91,7 +91,7 @@ def main() -> None:
     merged(corpora, code.target, OUT / "merged" / "code.jsonl.gz")
     large = replace(split, text_bytes=12_000_000)
     save("cells", open_board(large, "cells", ["general"], ["code"], 2048, OUT / "merged", topics=CELLS))
-    save("maths", open_board(split, "reverse", maths.source, maths.target, 2048, corpora))
+    save("maths", open_board(split, "reverse", maths.source, [*maths.target, *maths.other], 2048, corpora))
     for path in sorted(OUT.glob("*.json")):
         manifest = Manifest.open(path)
         tokens = sum(domain.tokens for domain in manifest.domains)

@@ -8,7 +8,7 @@ import yaml
 from collecting import tiny_split
 
 from mixloader.agent.episode import draw_episode
-from mixloader.agent.split import Split
+from mixloader.agent.split import SHIPPED, Split
 from mixloader.agent.topics import cut_into_topics
 from mixloader.errors import ConfigError
 from mixloader.observation import DomainTable
@@ -42,13 +42,22 @@ def test_no_scenario_of_the_scoreboard_has_a_domain_that_the_shipped_agent_has_s
     for seen in ("metamath", "metamath-2", "encyclopedia-0"):
         with pytest.raises(ConfigError, match=f"scenario 'maths' has domain '{seen}'"):
             split.check_scoreboard({"maths": ["coq", seen]})
-    if SCOREBOARD.exists():
-        scenarios = yaml.safe_load(SCOREBOARD.read_text())["scenarios"]
-        named = {
-            name: [domain for key in ("source", "target", "other") for domain in scenario.get(key, ())]
-            for name, scenario in scenarios.items()
-        }
-        split.check_scoreboard(named)
+    split.check_scoreboard(named_by(SCOREBOARD))
+
+
+def test_the_reverse_has_no_domain_of_the_fold_that_its_agent_is_fitted_to(split):
+    reverse = named_by(SCOREBOARD.with_name("scoreboard_reverse.yaml"))
+    Split(**{**yaml.safe_load(SHIPPED.read_text()), "shipped": "code"}).check_scoreboard(reverse)
+    with pytest.raises(ConfigError, match="which the agent was trained on"):
+        split.check_scoreboard(reverse)
+
+
+def named_by(suite):
+    """The domains that each scenario of a suite names."""
+    return {
+        name: [domain for key in ("source", "target", "other") for domain in scenario.get(key, ())]
+        for name, scenario in yaml.safe_load(suite.read_text())["scenarios"].items()
+    }
 
 
 def test_an_episode_is_a_function_of_split_and_number(split, episodes):

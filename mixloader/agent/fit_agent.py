@@ -59,9 +59,7 @@ class Fit:
         updates: int = 4000,
     ):
         if len(runs) < LEAST:
-            raise ConfigError(
-                f"{len(runs)} runs are too few to fit an agent to; expected {LEAST} or more"
-            )
+            raise ConfigError(f"{len(runs)} runs are too few to fit an agent to; expected {LEAST} or more")
         if wrong := sorted(set(learners) - set(LEARNERS)):
             raise ConfigError(f"there is no learner {wrong[0]!r}; expected some of {', '.join(LEARNERS)}")
         every = round(1 / UNSEEN)
@@ -69,6 +67,7 @@ class Fit:
         self.runs, self.out, self.seed = list(runs), out, seed
         self.batches, self.batch, self.learners, self.updates = batches, batch, tuple(learners), updates
         self.measured = measured_runs(self.runs)
+        self._folds = sorted({str(one.meta.get("fold")) for one in self.runs})
         content = [[one.weights.tolist(), one.held_out.tolist(), one.meta.get("number")] for one in self.runs]
         self._runs_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -95,7 +94,7 @@ class Fit:
     def warm_up(self, ranges: Ranges) -> Parameters:
         """A network that does well in the simulator."""
         path = self.out / "warm-up.safetensors"
-        made = {"runs": self._runs_digest, "seed": self.seed, "batches": self.batches, "batch": self.batch}
+        made = self._made_with()
         if self._is_made(path, made):
             return load_parameters(path)
         twins = self.twins(ranges, left_out=False)
@@ -112,10 +111,7 @@ class Fit:
     def learn(self, start: Parameters, learner: str) -> Parameters:
         """What a learner makes of the start and the runs."""
         path = self.out / f"{learner}.safetensors"
-        made = {
-            "runs": self._runs_digest, "seed": self.seed, "batches": self.batches, "batch": self.batch,
-            "learner": learner, "updates": self.updates,
-        }  # fmt: skip
+        made = self._made_with() | {"learner": learner, "updates": self.updates}
         if self._is_made(path, made):
             return load_parameters(path)
         data = of_trajectories([one for one, out in zip(self.runs, self.left_out, strict=True) if not out])
@@ -123,6 +119,13 @@ class Fit:
         parameters = actor.parameters_as_arrays()
         save_parameters(parameters, path, **made)
         return parameters
+
+    def _made_with(self) -> dict[str, Any]:
+        """What decides the warmed-up weights, for their file."""
+        return {
+            "folds": self._folds, "runs": self._runs_digest, "seed": self.seed, "batches": self.batches,
+            "batch": self.batch,
+        }  # fmt: skip
 
     def _is_made(self, path: Path, made: dict[str, Any]) -> bool:
         return path.exists() and read_tensors(path)[1].get("fit") == made

@@ -88,7 +88,7 @@ def draw_signals(episodes: Episodes, steps: int, rng: np.random.Generator) -> Si
         offset=0.1 * rng.standard_normal(shape),
         told=rng.choice([FIELDS, DOMAINS, BOTH], count, p=[0.6, 0.15, 0.25]),
         budget_known=rng.random(shape[:1]) > 0.1,
-        log_size=np.where(rng.random(count) < 0.3, np.nan, rng.uniform(5.5, 10.5, count)),
+        log_size=np.where(rng.random(count) < 0.3, np.nan, rng.uniform(5.0, 10.5, count)),
     )
 
 
