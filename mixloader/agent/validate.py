@@ -207,6 +207,9 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
          f"minus {first}", "source read", "source change", "target change"]
     ]  # fmt: skip
     for name, own in summaries.items():
+        if not own["episodes"]:
+            rows.append([name, "0", *[""] * (len(rows[0]) - 2)])
+            continue
         worst = own["difference"]
         rows.append(
             [name + (f" ‡{own['policy_errors']}" if own["policy_errors"] else ""), str(own["episodes"]),
