@@ -237,9 +237,28 @@ def losses_over_time(record: RunRecord, points: int = 200, width: float = 0.05) 
 
 
 def _draw_mixture(axes: Axes, run: Run) -> None:
-    names, palette = list(run.fields), colours(run.fields)
-    tokens, weights = mixture_over_time(run.record)
-    order = sorted(range(len(names)), key=lambda i: FIELDS.index(run.fields[names[i]]))
+    draw_stack(axes, *mixture_over_time(run.record), run.fields)
+    axes.set_ylabel("share of the batch (%)")
+    axes.set_title(f"Mixture: {run.label}, seed {run.seed}", loc="left", fontweight="bold")
+    token_axis(axes)
+
+
+def draw_stack(
+    axes: Axes,
+    tokens: np.ndarray,
+    weights: np.ndarray,
+    fields: dict[str, str | None],
+    *,
+    labels: bool = True,
+    size: float = 9,
+    gap: float = 0.06,
+) -> None:
+    """A mixture over time as stacked areas: weights [N, D] at tokens [N], of the domains in `fields`, a hue a field.
+
+    labels: names at the right edge; size, gap: as for label_right.
+    """
+    names, palette = list(fields), colours(fields)
+    order = sorted(range(len(names)), key=lambda i: FIELDS.index(fields[names[i]]))
     axes.stackplot(
         tokens,
         weights.T[order] * 100,
@@ -248,11 +267,11 @@ def _draw_mixture(axes: Axes, run: Run) -> None:
         edgecolor="white",
         lw=0.5,
     )
-    middles = np.cumsum(weights[-1][order]) - weights[-1][order] / 2
-    _label_right(axes, [(names[i], 100 * y, palette[names[i]]) for i, y in zip(order, middles, strict=True)])
-    axes.set(xlim=(0, tokens[-1]), ylim=(0, 100), ylabel="share of the batch (%)")
-    axes.set_title(f"Mixture: {run.label}, seed {run.seed}", loc="left", fontweight="bold")
-    _token_axis(axes)
+    axes.set(xlim=(0, tokens[-1]), ylim=(0, 100))
+    if labels:
+        middles = np.cumsum(weights[-1][order]) - weights[-1][order] / 2
+        ends = [(names[i], 100 * y, palette[names[i]]) for i, y in zip(order, middles, strict=True)]
+        label_right(axes, ends, size=size, gap=gap)
 
 
 def _draw_losses(axes: Axes, run: Run, field: str | None) -> None:
@@ -268,8 +287,8 @@ def _draw_losses(axes: Axes, run: Run, field: str | None) -> None:
     axes.set_title(f"{(field or 'other').capitalize()} domains", loc="left", fontweight="bold")
     axes.grid(axis="y", color="0.92")
     axes.set_axisbelow(True)
-    _label_right(axes, ends)
-    _token_axis(axes)
+    label_right(axes, ends)
+    token_axis(axes)
 
 
 def _draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
@@ -297,21 +316,31 @@ def _draw_outcomes(axes: Axes, runs: Sequence[Run]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _label_right(axes: Axes, ends: list[tuple[str, float, Any]]) -> None:
-    """Names at the right edge, at the height of what they name, moved apart where they would overlap."""
+def label_right(axes: Axes, ends: list[tuple[str, float, Any]], *, size: float = 9, gap: float = 0.06) -> None:
+    """Names at the right edge, at the height of what they name, moved apart where they would overlap.
+
+    ends: name, height and colour of each. size: of the type, in points. gap: between two names at least, as a part of
+    the height of the axes.
+    """
     low, high = axes.get_ylim()
-    gap = 0.06 * (high - low)
+    gap *= high - low
+    ends = sorted(ends, key=lambda end: end[1])
     heights: list[float] = []
-    for _, y, _ in sorted(ends, key=lambda end: end[1]):
+    for _, y, _ in ends:
         heights.append(max(y, heights[-1] + gap) if heights else y)
-    for (name, _, colour), y in zip(sorted(ends, key=lambda end: end[1]), heights, strict=True):
+    highest = high
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], highest)
+        highest = heights[i] - gap
+    for (name, _, colour), y in zip(ends, heights, strict=True):
         axes.annotate(
             name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=9, color=np.multiply(colour[:3], 0.75), annotation_clip=False,
+            va="center", fontsize=size, color=np.multiply(colour[:3], 0.75), annotation_clip=False,
         )  # fmt: skip
 
 
-def _token_axis(axes: Axes) -> None:
+def token_axis(axes: Axes) -> None:
+    """Tokens along the x axis, from 0 on."""
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlim(left=0)

@@ -19,7 +19,7 @@ from mixloader.agent.split import SHIPPED, Split
 from mixloader.compare.cell import Cell, is_startable, run_cell
 from mixloader.errors import ConfigError
 from mixloader.files import replace, sole_user
-from mixloader.workers import Engine, make_workers
+from mixloader.workers import Engine, Workers, make_workers
 
 COST = "cost.json"
 """In the folder of an episode: the seconds that its run took in the end, after a last resume."""
@@ -52,38 +52,54 @@ def collect(
     collection = Collection(split, out)
     collection.begin()
     missing = [draw_episode(split, number) for number in numbers if not collection.is_done(number)]
-    data = {}
-    for fold, vocab in sorted({(episode.fold, _vocab(split, episode)) for episode in missing}):
-        if show:
-            print(f"text of fold {fold}, vocabulary {vocab}", flush=True)
-        data[fold, vocab] = open_fold(split, fold, vocab, corpora, out / "data")
-    bases = {_base_of(e): _base_cell(split, e, data, out) for e in missing}
+    bases = Bases(split, missing, corpora, out, show)
     with make_workers(run_job, workers, engine) as pool:
-        needed = [cell for cell in bases.values() if not is_startable(cell)]
-        failed = list(_Progress("base models", show).watch(needed, pool.run(needed)))
-        there = {at for at, cell in bases.items() if is_startable(cell)}
+        failed = bases.train(pool)
         cells = [
-            episode_cell(split, episode, data[episode.fold, _vocab(split, episode)], bases[_base_of(episode)], out)
+            episode_cell(split, episode, bases.data_of(episode), bases.of(episode), collection.folder(episode.number))
             for episode in missing
-            if _base_of(episode) in there
+            if is_startable(bases.of(episode))
         ]
-        failed += _Progress("episodes", show, len(numbers) - len(missing)).watch(cells, pool.run(cells))
+        failed += Progress("episodes", show, len(numbers) - len(missing)).watch(cells, pool.run(cells))
     return failed
 
 
-def _vocab(split: Split, episode: Episode) -> int:
-    return int(split.architectures[episode.architecture]["vocab"])
+class Bases:
+    """What episodes start from: the text of their folds, packed into `out` unless it is there, and the base models.
+
+    Raises ConfigError for a corpus that is needed and that `corpora` does not hold. show: as for collect.
+    """
+
+    def __init__(self, split: Split, episodes: Sequence[Episode], corpora: Path, out: Path, show: bool) -> None:
+        self.split, self.show = split, show
+        self._data: dict[tuple[str, int], FoldData] = {}
+        for fold, vocab in sorted({self._text(episode) for episode in episodes}):
+            if show:
+                print(f"text of fold {fold}, vocabulary {vocab}", flush=True)
+            self._data[fold, vocab] = open_fold(split, fold, vocab, corpora, out / "data")
+        self._cells = {_base(e): base_cell(split, *_base(e), self.data_of(e), out) for e in episodes}
+
+    def train(self, pool: Workers[Cell]) -> list[str]:
+        """Train those that are not there. Returns what failed, a sentence each."""
+        needed = [cell for cell in self._cells.values() if not is_startable(cell)]
+        return list(Progress("base models", self.show).watch(needed, pool.run(needed)))
+
+    def data_of(self, episode: Episode) -> FoldData:
+        return self._data[self._text(episode)]
+
+    def of(self, episode: Episode) -> Cell:
+        """The cell whose last parameters the episode starts from."""
+        return self._cells[_base(episode)]
+
+    def _text(self, episode: Episode) -> tuple[str, int]:
+        return episode.fold, int(self.split.architectures[episode.architecture]["vocab"])
 
 
-def _base_of(episode: Episode) -> tuple[str, str, str]:
+def _base(episode: Episode) -> tuple[str, str, str]:
     return episode.fold, episode.architecture, episode.base
 
 
-def _base_cell(split: Split, episode: Episode, data: dict[tuple[str, int], FoldData], out: Path) -> Cell:
-    return base_cell(split, *_base_of(episode), data[episode.fold, _vocab(split, episode)], out)
-
-
-class _Progress:
+class Progress:
     """A line for each run that ends, with the time that is left. before: runs that were there already."""
 
     def __init__(self, what: str, show: bool, before: int = 0) -> None:

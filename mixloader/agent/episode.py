@@ -19,6 +19,7 @@ import numpy as np
 from mixloader.agent.behaviours import Behaviour, draw_behaviour
 from mixloader.agent.corpora import WINDOWS, FoldData
 from mixloader.agent.split import Fold, Ranges, Split
+from mixloader.compare.cache import key_of, parameters_digest
 from mixloader.compare.cell import Cell
 from mixloader.config import TrainConfig
 from mixloader.errors import ConfigError
@@ -74,6 +75,21 @@ def draw_episode(split: Split, number: int) -> Episode:
     """Episode `number` of a split; raises ConfigError for one that it does not have."""
     if not 0 <= number < split.episodes:
         raise ConfigError(f"there is no episode {number}; the split has {split.episodes}, from 0")
+    return _draw(split, number)
+
+
+def draw_validation(split: Split, number: int) -> Episode:
+    """An episode that is drawn like those of the split, from the numbers after its last, with the prior "half".
+
+    That is the prior of a comparison: a behaviour begins where it chooses, a policy that is judged where users do. Who
+    runs it sets its own behaviour in place of the drawn one. Raises ConfigError for a number of the split's own.
+    """
+    if number < split.episodes:
+        raise ConfigError(f"episode {number} is one to learn from; expected {split.episodes} or more to validate with")
+    return dataclasses.replace(_draw(split, number), prior="half")
+
+
+def _draw(split: Split, number: int) -> Episode:
     rng = np.random.default_rng([split.seed, number])
     fold, ranges = split.fold_of(number), split.episode
     architecture = str(rng.choice(sorted(split.architectures)))
@@ -171,6 +187,11 @@ def _draw_schedule(split: Split, ranges: Ranges, rng: np.random.Generator) -> di
     }
 
 
+def base_folder(fold: str, architecture: str, kind: str, out: Path) -> Path:
+    """Where the base model of that kind lies."""
+    return out / "bases" / f"{fold}-{architecture}-{kind}"
+
+
 def base_cell(split: Split, fold: str, architecture: str, kind: str, data: FoldData, out: Path) -> Cell:
     """The run that makes a base model: on the source topics of a fold, and a part of its target."""
     seed = [split.seed, *(f"{fold} {architecture} {kind}".encode())]
@@ -183,7 +204,7 @@ def base_cell(split: Split, fold: str, architecture: str, kind: str, data: FoldD
     of_target = np.arange(len(tokens)) >= len(sources)
     for part, mask in ((1 - share, ~of_target), (share, of_target)):
         weights[mask] *= part / weights[mask].sum()
-    folder = out / "bases" / f"{fold}-{architecture}-{kind}"
+    folder = base_folder(fold, architecture, kind, out)
     read = {n: round(float(w), 6) for n, w in zip((*sources, *targets), weights, strict=True) if w > 0}
     names = list(read)
     config = _config(split, architecture, folder, split.bases["train"]) | {
@@ -196,12 +217,26 @@ def base_cell(split: Split, fold: str, architecture: str, kind: str, data: FoldD
     return _cell(f"base {folder.name}", config, training, scored, folder, WINDOWS, None)
 
 
-def episode_cell(split: Split, episode: Episode, data: FoldData, base: Cell, out: Path) -> Cell:
-    """The run of an episode. Its folder gets the manifests, and what was drawn as episode.json."""
-    folder = out / "episodes" / f"{episode.number:04d}"
+def episode_cell(split: Split, episode: Episode, data: FoldData, base: Cell, folder: Path) -> Cell:
+    """The run of an episode. `folder` gets the manifests, and what was drawn as episode.json."""
     training, scored, windows = _manifests(split, episode, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / "episode.json", json.dumps(episode.to_json(), indent=1) + "\n")
+    config = _episode_config(split, episode, training, base, folder)
+    return _cell(f"episode {episode.number}", config, training, scored, folder, windows, base)
+
+
+def episode_key(split: Split, episode: Episode, data: FoldData, base: Cell) -> str:
+    """Names all that the result of an episode depends on, as in a comparison (cache.py): also the source of its
+    behaviour, the content of files that its options name, and the parameters of the base, which have to be there."""
+    training, scored, windows = _manifests(split, episode, data)
+    config = TrainConfig.from_dict(_episode_config(split, episode, training, base, Path("out")))
+    return key_of(config, training, scored, parameters_digest(base.out), windows=windows, points=POINTS)
+
+
+def _episode_config(split: Split, episode: Episode, training: Manifest, base: Cell, folder: Path) -> dict[str, Any]:
     prior = _prior(training, episode)
-    config = _config(split, episode.architecture, folder, episode.schedule) | {
+    return _config(split, episode.architecture, folder, episode.schedule) | {
         "policy": episode.behaviour.policy,
         "policy_options": episode.behaviour.options,
         "weights": {name: round(float(weight), 6) for name, weight in prior.items()},
@@ -210,9 +245,6 @@ def episode_cell(split: Split, episode: Episode, data: FoldData, base: Cell, out
         "init_from": str(base.out),
         "record_detail": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(folder / "episode.json", json.dumps(episode.to_json(), indent=1) + "\n")
-    return _cell(f"episode {episode.number}", config, training, scored, folder, windows, base)
 
 
 def _manifests(split: Split, episode: Episode, data: FoldData) -> tuple[Manifest, Manifest, int]:

@@ -246,15 +246,28 @@ class Trajectory:
             return parts[0][1]
         return sum((share * losses for share, losses in parts), np.zeros(len(at)))
 
-    def gain(self) -> float:
-        """preference * source + (1 - preference) * target: how far the mean held-out loss of each field's domains,
-        probed or not, has fallen over the run, in nats a token; NaN where it was not measured."""
+    def gain(self, unprobed_share: float | None = None) -> float:
+        """preference * source + (1 - preference) * target: how far the held-out loss of each field has fallen over the
+        run, in nats a token; NaN where it was not measured.
+
+        A field's loss is the mean over its domains, probed or not; with `unprobed_share`, that part of it is the mean
+        over those without a probe, and the rest that over the others, where there are both.
+        """
         if len(self.held_out) < 2:
             return math.nan
         fall = self.held_out[0] - self.held_out[-1]
-        fields = np.array(self.table.fields, dtype=object)
-        means = {name: fall[fields == name].mean() if (fields == name).any() else 0.0 for name in ("source", "target")}
-        return float(self.preference * means["source"] + (1 - self.preference) * means["target"])
+        parts = (("source", self.preference), ("target", 1 - self.preference))
+        return float(sum(part * self._field_fall(fall, name, unprobed_share) for name, part in parts))
+
+    def _field_fall(self, fall: np.ndarray, name: str, unprobed_share: float | None) -> float:
+        of_field = np.array([field == name for field in self.table.fields])
+        if not of_field.any():
+            return 0.0
+        others = of_field & ~self.probed
+        if unprobed_share is None or not others.any() or not (of_field & self.probed).any():
+            return float(fall[of_field].mean())
+        told = fall[of_field & self.probed].mean()
+        return float((1 - unprobed_share) * told + unprobed_share * fall[others].mean())
 
 
 def _floats(rows: Sequence[Sequence[Any]]) -> np.ndarray:

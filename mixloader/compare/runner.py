@@ -24,13 +24,28 @@ Cells = dict[At, list[Cell]]
 def compare(
     suite: Suite, out: Path, *, workers: int = 1, engine: Engine = "local", progress: bool | None = None
 ) -> Comparison:
-    """Run what of a suite is not in `out` yet, and return all of it.
+    """Run what of a suite is not in `out` yet, and return all of it, which results.json then tells of.
 
     A run that fails leaves its row without a result; the others go on. Raises a MixLoaderError before anything is
     trained if the data of a scenario do not fit it. progress: a bar; None shows it on a terminal only.
     """
-    settings = {name: make_setting(suite, scenario, out) for name, scenario in suite.scenarios.items()}
     results = Results(out)
+    comparison = run_suite(suite, out, results, workers=workers, engine=engine, progress=progress)
+    results.save(comparison.to_json())
+    return comparison
+
+
+def run_suite(
+    suite: Suite,
+    out: Path,
+    results: Results,
+    *,
+    workers: int = 1,
+    engine: Engine = "local",
+    progress: bool | None = None,
+) -> Comparison:
+    """As `compare`, but results.json stays as it is: for what shares the runs in `out` with another comparison."""
+    settings = {name: make_setting(suite, scenario, out) for name, scenario in suite.scenarios.items()}
     with make_workers(run_cell, workers, engine) as pool:
         runner = _Runner(results, pool, progress)
         direct, before, errors = _run_entries(settings, runner)
@@ -40,9 +55,7 @@ def compare(
         for policy in suite.policies
         for row in _rows(setting, policy, direct.get((name, policy)), before.get((name, policy), []), runner, errors)
     ]
-    comparison = Comparison(suite, settings, rows, _tried(settings, before, results))
-    results.save(comparison.to_json())
-    return comparison
+    return Comparison(suite, settings, rows, _tried(settings, before, results))
 
 
 def _run_entries(settings: Mapping[str, Setting], runner: _Runner) -> tuple[Cells, Cells, dict[At, str]]:

@@ -194,7 +194,7 @@ class Suite:
             str(name): _within(f"scenarios.{name}", _scenario, str(name), own, shared)
             for name, own in values["scenarios"].items()
         }
-        policies = {str(name): _within(f"policies.{name}", _entry, own) for name, own in values["policies"].items()}
+        policies = make_entries(values["policies"])
         rest = {key: value for key, value in values.items() if key not in SHARED}
         return cls(**{**rest, "scenarios": scenarios, "policies": policies})
 
@@ -210,6 +210,11 @@ def _scenario(name: str, own: Any, shared: Mapping[str, Any]) -> Scenario:
         if key not in values:
             raise ConfigError(f"{key} is missing, here and at the top of the suite")
     return Scenario(name=name, **values)
+
+
+def make_entries(values: Mapping[str, Any]) -> dict[str, Entry]:
+    """The policies of a suite by name, from plain values; raises ConfigError, which says where in them."""
+    return {str(name): _within(f"policies.{name}", _entry, own) for name, own in values.items()}
 
 
 def _entry(own: Any) -> Entry:

@@ -43,7 +43,7 @@ def _policies(comparison: Comparison) -> str:
         )  # fmt: skip
     before = [_loss(comparison.before(key)) for key in ("balanced", *keys)]
     rows.append(["*before*", before[0], "", *before[1:], "", "", "", ""])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -82,7 +82,7 @@ def _domains(comparison: Comparison, scenario: str) -> str:
             rows.append([policy, *map(_loss, means)])
     rows.append(["*before*", *(_loss(some[0]["losses"][name]) for name in names)])
     fields = f"preference {setting.scenario.preference:g}; `p` marks the domains that probes cover"
-    return f"**{scenario}**: loss on every domain ({fields})\n\n{_markdown(rows)}"
+    return f"**{scenario}**: loss on every domain ({fields})\n\n{markdown(rows)}"
 
 
 def _domain_title(field: str | None, name: str, probed: bool) -> str:
@@ -119,7 +119,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, whose first row is its head, with columns as wide as they have to be."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
