@@ -346,8 +346,8 @@ def test_signals_move_the_weights_and_can_be_turned_off(weights):
         return Run(table, 60, signals=some, parameters=weights, **options).advance(30)
 
     both = path({"influence", "feedback"})
-    without_influence = path({"influence", "feedback"}, influence=False)
-    without_feedback = path({"influence", "feedback"}, feedback=False)
+    without_influence = path({"influence", "feedback"}, use_influence=False)
+    without_feedback = path({"influence", "feedback"}, use_feedback=False)
     np.testing.assert_array_equal(without_influence, path({"feedback"}))
     np.testing.assert_array_equal(without_feedback, path({"influence"}))
     assert np.abs(both - without_influence).max() > 1e-3
@@ -484,7 +484,7 @@ def test_what_it_uses_is_what_its_weights_read(weights, tmp_path):
     assert signals_of(Agent()) == {"loss"}
     assert Agent(parameters=weights).needs == {"loss"}
     assert signals_of(Agent(parameters=weights)) == {"loss", "influence", "feedback"}
-    assert signals_of(Agent(parameters=weights, influence=False)) == {"loss", "feedback"}
+    assert signals_of(Agent(parameters=weights, use_influence=False)) == {"loss", "feedback"}
     names = [name for name in (*DOMAIN_FEATURES, *GLOBAL_FEATURES) if name not in OF_SIGNALS["influence"]]
     save_parameters(SetNetwork(names, hidden=8, blocks=1).parameters_as_arrays(), tmp_path / "few.safetensors")
     few = load_parameters(tmp_path / "few.safetensors")

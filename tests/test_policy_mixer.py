@@ -1,5 +1,6 @@
 """Policies that need losses alone, in a Mixer: they decide, resume exactly, and see domains come and go."""
 
+import inspect
 import json
 
 import pytest
@@ -94,3 +95,10 @@ def test_a_policy_goes_on_when_domains_come_and_go(data, name, tmp_path):
         batches = train(loader, mixer, 36)
     assert not [answer for answer in told if isinstance(answer, Exception)]
     assert not any((batch["domain_ids"] == 1).any() for batch in batches)
+
+
+@pytest.mark.parametrize("name", shipped_policies())
+def test_no_option_of_a_policy_has_the_name_of_one_of_the_mixers(name):
+    """They are given to it together: Mixer(loader, "agent", preference=0.7, record=...)."""
+    options = inspect.signature(type(make_policy(name, **OPTIONS.get(name, {})))).parameters
+    assert not set(options) & set(inspect.signature(Mixer).parameters)

@@ -35,7 +35,7 @@ class Agent:
     parameters: another file of weights than the shipped one; what it says of itself decides which network it is for,
         that of network.py or that of transformer.py.
     model_size: number of parameters of the model that is trained, if it shall be known.
-    influence, feedback: False ignores that signal where it comes.
+    use_influence, use_feedback: False ignores that signal where it comes.
 
     Domains whose weight or prior is zero keep the weight they have. What is far from the agent's training
     is led back to the prior (see `action.act`). Without a token budget it takes the run to be half done.
@@ -50,8 +50,8 @@ class Agent:
         cap: float = CAP,
         parameters: str | Path | None = None,
         model_size: float | None = None,
-        influence: bool = True,
-        feedback: bool = True,
+        use_influence: bool = True,
+        use_feedback: bool = True,
     ):
         for name, value in (("preference", preference), ("floor", floor), ("cap", cap)):
             if not 0 <= value <= 1:
@@ -71,7 +71,7 @@ class Agent:
         else:
             self._network = self._ranges = load_parameters(path)
         known = set(self._network.features)
-        wanted = {"influence": influence, "feedback": feedback}
+        wanted = {"influence": use_influence, "feedback": use_feedback}
         self.uses = frozenset(name for name, of in OF_SIGNALS.items() if wanted[name] and known.intersection(of))
         """Signals that it does without, but decides better with."""
         self._maker = FeatureMaker("influence" in self.uses, "feedback" in self.uses)
