@@ -13,7 +13,7 @@ from mixloader.agent.feature_maker import features_of
 from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES, N_DOMAIN, N_GLOBAL, OF_SIGNALS
 from mixloader.agent.network import SetNetwork, forward, load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED, Agent
-from mixloader.agent.transformer import LONGEST, HistoryNetwork
+from mixloader.agent.transformer import LONGEST, HistoryNetwork, Seen
 from mixloader.errors import StateError
 
 LOSSES_ONLY = [n for n in (*DOMAIN_FEATURES, *GLOBAL_FEATURES) if n not in sum(OF_SIGNALS.values(), ())]
@@ -50,7 +50,7 @@ def states(batch, n_domains, seed=0, time=None):
         torch.randn(*lead, n_domains, N_DOMAIN, generator=g),
         torch.randn(*lead, N_GLOBAL, generator=g),
         torch.softmax(torch.randn(*lead, n_domains, generator=g), -1),
-        torch.softmax(torch.randn(batch, n_domains, generator=g), -1),
+        torch.softmax(torch.randn(batch, *[1] * (len(lead) - 1), n_domains, generator=g), -1).expand(*lead, n_domains),
         torch.ones(*lead, n_domains, dtype=torch.bool),
     )
 
@@ -68,7 +68,9 @@ def padded(values, more):
 
 
 def moments(batch, time, seed=0):
-    return torch.rand(batch, time, generator=torch.Generator().manual_seed(seed)).sort(1).values
+    """Tokens and budget."""
+    tokens = torch.rand(batch, time, generator=torch.Generator().manual_seed(seed)).sort(1).values
+    return tokens, torch.ones(batch, time)
 
 
 @pytest.mark.parametrize("features", [(*DOMAIN_FEATURES, *GLOBAL_FEATURES), LOSSES_ONLY], ids=["all", "losses"])
@@ -89,11 +91,11 @@ def test_the_compiled_network_is_the_one_that_is_fitted(features, hidden, blocks
 
 
 def test_the_transformer_does_not_see_the_order_of_domains_nor_padding(history):
-    values, time = states(2, 7, time=5), moments(2, 5)
+    values, when = states(2, 7, time=5), moments(2, 5)
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
-    plain = history(*values, time)
-    torch.testing.assert_close(history(*pick(values, order), time), plain[..., order], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(history(*padded(values, 4), time)[..., :7], plain, atol=1e-5, rtol=1e-4)
+    plain = history(Seen(*values, *when))
+    torch.testing.assert_close(history(Seen(*pick(values, order), *when)), plain[..., order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(history(Seen(*padded(values, 4), *when))[..., :7], plain, atol=1e-5, rtol=1e-4)
     assert plain.std(-1).min() > 1e-3
 
 
@@ -103,19 +105,23 @@ def test_the_networks_take_two_halves_of_a_domain_for_the_whole(kind, history):
     half = torch.tensor([1, 1, 1, 2, 2])
     torch.manual_seed(0)
     network = widened(SetNetwork(hidden=16)) if kind == "set" else history
-    more = (moments(2, 6),) if kind == "history" else ()
     values = states(2, 4, time=6 if kind == "history" else None)
     domain, run, weights, prior, mask = pick(values, twice)
-    halves = network(domain, run, weights / half, prior / half, mask, *more)
-    torch.testing.assert_close(halves, network(*values, *more)[..., twice], atol=1e-5, rtol=1e-4)
+    halved = domain, run, weights / half, prior / half, mask
+    if kind == "history":
+        values, halved = (Seen(*those, *moments(2, 6)) for those in (values, halved))
+        halves, whole = network(halved), network(values)
+    else:
+        halves, whole = network(*halved), network(*values)
+    torch.testing.assert_close(halves, whole[..., twice], atol=1e-5, rtol=1e-4)
 
 
 def test_the_transformer_looks_back_and_never_ahead(history):
-    values, time = states(1, 3, time=8), moments(1, 8)
-    plain = history(*values, time)
+    values, when = states(1, 3, time=8), moments(1, 8)
+    plain = history(Seen(*values, *when))
     changed = (values[0].clone(), *values[1:])
     changed[0][:, 4] += 1.0
-    other = history(*changed, time)
+    other = history(Seen(*changed, *when))
     torch.testing.assert_close(other[:, :4], plain[:, :4], atol=0, rtol=0)
     for later in range(4, 8):
         assert (other[:, later] - plain[:, later]).abs().max() > 1e-4
@@ -123,10 +129,10 @@ def test_the_transformer_looks_back_and_never_ahead(history):
     there = values[4].clone()
     there[:, :5, 1] = False
     weights = values[2] * there
-    without = history(values[0], values[1], weights, values[3], there, time)
+    without = history(Seen(values[0], values[1], weights, values[3], there, *when))
     changed[0][:, 4] = values[0][:, 4]
     changed[0][:, :5, 1] += 1.0
-    again = history(changed[0], values[1], weights, values[3], there, time)
+    again = history(Seen(changed[0], values[1], weights, values[3], there, *when))
     torch.testing.assert_close(again[:, 5:], without[:, 5:])
 
 
@@ -154,11 +160,12 @@ def test_decisions_with_the_transformer_are_those_of_the_whole_run_at_once(saved
     seen = features_of(table, observations, 0.5)
     assert seen.active[:, 3].sum() == 20
     np.testing.assert_allclose(seen.prior.sum(1), 1)
-    domain, common, weights, time = (
-        torch.from_numpy(values.astype(np.float32))[None] for values in (seen.domain, seen.run, seen.weights, seen.time)
+    domain, common, weights, prior, tokens, budget = (
+        torch.from_numpy(values.astype(np.float32))[None]
+        for values in (seen.domain, seen.run, seen.weights, seen.prior, seen.tokens, seen.budget)
     )
-    prior, active = torch.from_numpy(table.prior).float()[None], torch.from_numpy(seen.active)[None]
-    whole = network(domain, common, weights, prior, active, time)[0].detach().numpy()
+    active = torch.from_numpy(seen.active)[None]
+    whole = network(Seen(domain, common, weights, prior, active, tokens, budget))[0].detach().numpy()
     np.testing.assert_allclose(whole[seen.active], np.array(numbers)[seen.active], atol=0.01)
     assert np.abs(np.log(run.weights / table.prior)).max() > 0.1
 

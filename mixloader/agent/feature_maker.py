@@ -25,7 +25,7 @@ class Features(NamedTuple):
 
     domain: float32 [T, D, P]; run: float32 [T, G]; active: bool [T, D], domains that can be traded, others are 0
     everywhere; weights, prior: float64 [T, D], sums of 1 over the active ones; limit: float64 [T], bounds of the
-    decisions (action.bound); time: float64 [T], tokens read as a part of the budget.
+    decisions (action.bound); tokens, budget: float64 [T], read so far and of the run, as far as was known.
     """
 
     domain: np.ndarray
@@ -34,7 +34,8 @@ class Features(NamedTuple):
     weights: np.ndarray
     prior: np.ndarray
     limit: np.ndarray
-    time: np.ndarray
+    tokens: np.ndarray
+    budget: np.ndarray
 
 
 def features_of(
@@ -55,7 +56,8 @@ def features_of(
         weights, prior = np.zeros((2, len(domains)))
         if maker.active.sum() > 1:
             weights[maker.active], prior[maker.active] = maker.weights, maker.prior
-        rows.append((domain, run, maker.active, weights, prior, maker.limit, observation.tokens / maker.budget))
+        when = float(observation.tokens), maker.budget
+        rows.append((domain, run, maker.active, weights, prior, maker.limit, *when))
     return Features(*(np.array(column) for column in zip(*rows, strict=True)))
 
 

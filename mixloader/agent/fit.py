@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from mixloader.agent.episodes import Episodes, draw, mask
 from mixloader.agent.features import N_DOMAIN, N_GLOBAL, SOURCE, TARGET
-from mixloader.agent.network import Parameters, SetNetwork, save_parameters
+from mixloader.agent.networks import NETWORKS, Network, kind_of
 from mixloader.agent.policy import SHIPPED
-from mixloader.agent.rollout import Rollout, back_to_actions, by_parameters, by_random_walk, play
+from mixloader.agent.rollout import Rollout, back_to_actions, by_random_walk, play
 from mixloader.agent.signals import Signals, draw_signals, without
 from mixloader.agent.simulator import held_out, improvements, pull_back, run, score
 
@@ -44,15 +44,12 @@ or recovers less well than the simulator."""
 CHUNKS = 4
 """Parts that a batch is made in, each with random numbers of its own."""
 
-CHOSEN = 0.25
-"""Part of the decisions of a batch at which the network's gradient is taken."""
-
 
 Drawn = Callable[[int, np.random.Generator], Episodes]
 """Draws so many episodes to learn from."""
 
 
-def measure_features(network: SetNetwork, rng: np.random.Generator, episodes: int, drawn: Drawn = draw) -> None:
+def measure_features(network: Network, rng: np.random.Generator, episodes: int, drawn: Drawn = draw) -> None:
     """Set the network's ranges (0.1 and 99.9 %) and scales from episodes under a random walk."""
     domain, run = [], []
     for steps in STEPS:
@@ -80,56 +77,48 @@ def objective_cotangent(episodes: Episodes, steps: int) -> np.ndarray:
     return -when[:, None] * episodes.value[:, None] / len(episodes.size)
 
 
-def policy_gradient(network: SetNetwork, rollout: Rollout, rng: np.random.Generator) -> list[Tensor]:
+def policy_gradient(network: Network, rollout: Rollout, rng: np.random.Generator) -> list[Tensor]:
     """Derivatives of the objective, less the penalty on moves, by the network's parameters, in their order.
 
-    At some of the decisions: neighbouring ones of a run are alike, and a part of them, chosen anew each time, tells
-    nearly as much as all.
+    At some of the decisions: neighbouring ones of a run are alike, and a part of them, chosen anew each time, may tell
+    nearly as much as all (Kind.chosen).
     """
-    episodes, decisions = rollout.episodes, rollout.steps - 1
+    episodes, decisions, kind = rollout.episodes, rollout.steps - 1, kind_of(network)
     cotangent = objective_cotangent(episodes, rollout.steps)
     by_weights = pull_back(episodes, rollout.weights, rollout.history, cotangent)
     by_actions = back_to_actions(rollout, by_weights)
-    chosen = np.sort(rng.permutation(decisions)[: math.ceil(CHOSEN * decisions)])
+    chosen = np.sort(rng.permutation(decisions)[: math.ceil(kind.chosen * decisions)])
     parameters = list(network.parameters())
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for size in np.unique(episodes.size):
         which = np.flatnonzero(episodes.size == size)
-        at, sets = np.ix_(which, chosen), len(which) * len(chosen)
-
-        def part(array: np.ndarray, at=at, size=size, sets=sets) -> Tensor:
-            """[B, T, D, ...] as [sets, size, ...], float32."""
-            return torch.from_numpy(array[at][:, :, :size].reshape(sets, size, *array.shape[3:])).float()
-
-        prior = np.broadcast_to(episodes.prior[:, None], rollout.weights.shape)
-        run = torch.from_numpy(rollout.run[at].reshape(sets, -1))
-        there = torch.ones((sets, size), dtype=torch.bool)
-        u = network(part(rollout.domain), run, part(rollout.weights), part(prior), there)
+        u = kind.numbers(network, rollout, which, chosen)
+        wanted = torch.from_numpy(by_actions[np.ix_(which, chosen)][..., :size]).float()
         share = PENALTY / (len(episodes.size) * decisions * size)
-        objective = (u * part(by_actions)).sum() - share * torch.tanh(u).square().sum()
+        objective = (u * wanted).sum() - share * torch.tanh(u).square().sum()
         for sum_, grad in zip(total, torch.autograd.grad(objective, parameters), strict=True):
             sum_ += grad * (decisions / len(chosen))
     return total
 
 
-def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch: int, drawn: Drawn = draw) -> None:
+def train(network: Network, rng: np.random.Generator, iterations: int, batch: int, drawn: Drawn = draw) -> None:
     """Ascend the mean objective over new random episodes; Adam with a cosine from 3e-3.
 
     A batch is made in CHUNKS parts, as many at once as there are processors: the result is that of one processor.
     """
-    parameters = list(network.parameters())
+    parameters, kind = list(network.parameters()), kind_of(network)
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations, eta_min=3e-5)
     progress = tqdm(range(iterations), desc="fit", unit="batch", mininterval=10)
     mean = 0.0
     with ThreadPoolExecutor(min(CHUNKS, os.cpu_count() or 1)) as pool:
         for _ in progress:
-            steps, arrays = int(rng.choice(STEPS)), network.parameters_as_arrays()
+            steps = int(rng.choice(STEPS))
 
-            def chunk(rng: np.random.Generator, steps=steps, arrays=arrays) -> tuple[float, list[Tensor]]:
+            def chunk(rng: np.random.Generator, steps=steps) -> tuple[float, list[Tensor]]:
                 episodes = drawn(-(-batch // CHUNKS), rng)
                 signals = draw_signals(episodes, steps, rng)
-                rollout = play(episodes, signals, steps, by_parameters(arrays), rng)
+                rollout = play(episodes, signals, steps, kind.decide(network), rng)
                 reached = float(score(episodes, rollout.history.held_out[:, -1]).mean())
                 return reached, policy_gradient(network, rollout, rng)
 
@@ -144,15 +133,18 @@ def train(network: SetNetwork, rng: np.random.Generator, iterations: int, batch:
             progress.set_postfix(score=f"{mean:.4f}", refresh=False)
 
 
-def fit(seed: int, iterations: int, batch: int, drawn: Drawn = draw) -> Parameters:
-    """Parameters from scratch. Deterministic on one kind of machine, on any number of processors."""
+def fit(seed: int, iterations: int, batch: int, drawn: Drawn = draw, kind: str = "set") -> Network:
+    """A network of a kind of NETWORKS, from scratch.
+
+    Deterministic on one kind of machine, on any number of processors.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    network = SetNetwork()
+    network: Network = NETWORKS[kind].new()
     measure_features(network, rng, 2 * batch, drawn)
     train(network, rng, iterations, batch, drawn)
-    return network.parameters_as_arrays()
+    return network
 
 
 def half_and_half(episodes: Episodes, source: float = 0.5) -> np.ndarray:
@@ -207,7 +199,7 @@ def _summary(episodes: Episodes, held_out: np.ndarray, reference: np.ndarray) ->
 
 
 def evaluate(
-    parameters: Parameters, seed: int, count: int, steps: int = 48, oracles: bool = True, drawn: Drawn = draw
+    network: Network, seed: int, count: int, steps: int = 48, oracles: bool = True, drawn: Drawn = draw
 ) -> dict[str, dict[str, float]]:
     """Scores on `count` held-out episodes: the agent with and without its signals, fixed mixtures and what knowledge
     of the episode's numbers could reach."""
@@ -217,7 +209,7 @@ def evaluate(
 
     def agent(signals: Signals) -> np.ndarray:
         again = np.random.default_rng(seed + 1)
-        return play(episodes, signals, steps, by_parameters(parameters), again, parameters).history.held_out
+        return play(episodes, signals, steps, kind_of(network).decide(network), again, network.ranges).history.held_out
 
     natural = np.where(mask(episodes), episodes.tokens, 0.0)
     runs = {
@@ -242,15 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     """Command line of `python -m mixloader.agent.fit`."""
     parser = argparse.ArgumentParser(prog="python -m mixloader.agent.fit", description=__doc__)
     parser.add_argument("--out", type=Path, default=SHIPPED, help="file of weights to write (default: the shipped one)")
+    parser.add_argument("--network", choices=list(NETWORKS), default="set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=1500, help="batches of episodes to train on")
     parser.add_argument("--batch", type=int, default=48, help="episodes a batch")
     parser.add_argument("--held-out", type=int, default=512, help="episodes to score, never trained on; 0 for none")
     args = parser.parse_args(argv)
     begun = time.perf_counter()
-    parameters = fit(args.seed, args.iterations, args.batch)
-    save_parameters(parameters, args.out, seed=args.seed, iterations=args.iterations, batch=args.batch)
-    scores = evaluate(parameters, seed=args.seed + 1_000_003, count=args.held_out) if args.held_out else {}
+    network = fit(args.seed, args.iterations, args.batch, args.network)
+    network.save(args.out, seed=args.seed, iterations=args.iterations, batch=args.batch)
+    scores = evaluate(network, seed=args.seed + 1_000_003, count=args.held_out) if args.held_out else {}
     print(json.dumps({"seconds": round(time.perf_counter() - begun), "held_out": scores}, indent=1))
     return 0
 

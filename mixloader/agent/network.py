@@ -55,6 +55,20 @@ class Parameters(NamedTuple):
         ]
 
 
+class Ranges(NamedTuple):
+    """What `action.act` asks of a network: which features it reads, and the range of each in training."""
+
+    domain_columns: np.ndarray  # int64 [P'], which of DOMAIN_FEATURES
+    run_columns: np.ndarray  # int64 [G'], which of GLOBAL_FEATURES
+    low: np.ndarray  # float32 [P' + G']
+    high: np.ndarray  # float32 [P' + G']
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Ranges:
+        """Those of a network that has buffers of these names."""
+        return cls(*(getattr(network, name).cpu().numpy() for name in cls._fields))
+
+
 COLUMNS = ("domain_columns", "run_columns")
 """The arrays of Parameters that stand in a file as names of features, since numbers of columns change."""
 
@@ -209,6 +223,14 @@ class SetNetwork(nn.Module):
     def parameters_as_arrays(self) -> Parameters:
         """Copies of its tensors, for the compiled forward pass and for a file."""
         return Parameters(**{name: tensor.detach().cpu().numpy().copy() for name, tensor in self.state_dict().items()})
+
+    @property
+    def ranges(self) -> Ranges:
+        return Ranges.of(self)
+
+    def save(self, path: Path, **made_with: Any) -> None:
+        """Write a file of weights that the policy loads."""
+        save_parameters(self.parameters_as_arrays(), path, **made_with)
 
     def forward(self, domain: Tensor, run: Tensor, weights: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
         """One number a domain.

@@ -11,8 +11,8 @@ import numpy as np
 from mixloader.agent.action import CAP, FLOOR, act
 from mixloader.agent.feature_maker import FeatureMaker
 from mixloader.agent.features import OF_SIGNALS
-from mixloader.agent.network import Parameters, forward, load_parameters, read_tensors
-from mixloader.agent.transformer import KIND, History, HistoryNetwork, Ranges
+from mixloader.agent.network import Parameters, Ranges, forward, load_parameters, read_tensors
+from mixloader.agent.transformer import KIND, History, HistoryNetwork
 from mixloader.errors import ConfigError, StateError
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.policies.base import register

@@ -19,7 +19,7 @@ from mixloader.agent.memory import (
     new_state,
     update_state,
 )
-from mixloader.agent.network import Parameters, forward
+from mixloader.agent.network import Parameters, Ranges, forward
 from mixloader.agent.signals import Signals, new_readings, read
 from mixloader.agent.simulator import new_history, step
 
@@ -66,7 +66,11 @@ class Rollout:
                 self.domain, self.run, self.limit,
             )  # fmt: skip
 
-    def act(self, t: int, actions: np.ndarray, fallback: Parameters | None = None) -> None:
+    def known_budget(self) -> np.ndarray:
+        """In steps, as far as is known at each decision: without a budget the run is always half done; [B, T]."""
+        return np.where(self.signals.budget_known[:, None], self.steps, 2.0 * np.arange(1, self.steps + 1))
+
+    def act(self, t: int, actions: np.ndarray, fallback: Parameters | Ranges | None = None) -> None:
         """Set the weights of step t + 1 from the network's numbers; led back to the prior where the features are far
         outside the ranges of `fallback`."""
         self.actions[:, t] = actions
@@ -170,7 +174,7 @@ def play(
     steps: int,
     decide: Decide,
     rng: np.random.Generator,
-    fallback: Parameters | None = None,
+    fallback: Parameters | Ranges | None = None,
 ) -> Rollout:
     """Run a batch of episodes from their priors to the end. Deterministic given `rng`."""
     rollout = Rollout(episodes, signals, steps, rng)

@@ -8,6 +8,7 @@ domains, and permuting these permutes the output. All is torch, also where decis
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from mixloader.agent.features import DOMAIN_FEATURES, GLOBAL_FEATURES
-from mixloader.agent.network import COLUMNS, check_shapes, feature_columns, read_columns, read_tensors
+from mixloader.agent.network import COLUMNS, Ranges, check_shapes, feature_columns, read_columns, read_tensors
 from mixloader.errors import StateError
 from mixloader.policies.set_network import from_text, to_text
 
@@ -30,13 +30,78 @@ LONGEST = 64
 """Earlier decisions that are remembered; from then on every second of them, and so on."""
 
 
-class Ranges(NamedTuple):
-    """What `action.act` asks of a network: which features it reads, and the range of each in training."""
+class Moments:
+    """Which decisions of a run are remembered: at most LONGEST, at equal tokens.
 
-    domain_columns: np.ndarray  # int64 [P'], which of DOMAIN_FEATURES
-    run_columns: np.ndarray  # int64 [G'], which of GLOBAL_FEATURES
-    low: np.ndarray  # float32 [P' + G']
-    high: np.ndarray  # float32 [P' + G']
+    tokens: float64 [K], of those that are; spacing: between two of them.
+    """
+
+    def __init__(self) -> None:
+        self.tokens, self.spacing = np.zeros(0), 0.0
+
+    def add(self, tokens: float) -> np.ndarray:
+        """After a decision at so many tokens: which of the remembered ones and, as number K, of it are kept; int64.
+
+        It is if it is far enough from the last one that was, to a millionth of the distance.
+        """
+        known = len(self.tokens)
+        if known and tokens - self.tokens[-1] < self.spacing * (1 - 1e-6):
+            return np.arange(known)
+        if known == 1:
+            self.spacing = tokens - self.tokens[0]
+        kept = np.arange(known + 1)
+        if len(kept) > LONGEST:
+            kept, self.spacing = kept[::2], 2 * self.spacing
+        self.tokens = np.append(self.tokens, tokens)[kept]
+        return kept
+
+
+class Stretch(NamedTuple):
+    """Decisions from `begin` to before `end` between which nothing is forgotten.
+
+    earlier: int64, all decisions that a later one of the stretch is shown.
+    """
+
+    begin: int
+    end: int
+    earlier: np.ndarray
+
+
+@functools.cache
+def stretches(decisions: int) -> tuple[Stretch, ...]:
+    """Those of a run of so many decisions at equal tokens: one, unless there are more than LONGEST before the last."""
+    moments, kept, out = Moments(), np.zeros(0, dtype=np.int64), [Stretch(0, 0, np.zeros(0, dtype=np.int64))]
+    for number in range(decisions):
+        before, kept = kept, np.append(kept, number)[moments.add(number + 1.0)]
+        if len(kept) < len(before) or number + 1 == decisions:
+            out.append(Stretch(out[-1].end, number + 1, before))
+    return tuple(out[1:])
+
+
+class Seen(NamedTuple):
+    """What a HistoryNetwork is shown of T moments of B runs; float32 unless said otherwise.
+
+    domain: [B, T, D, P], all features; run: [B, T, G]; weights: [B, T, D] in force, zero where padded or not there;
+    prior: [B, T, D]; mask: bool [B, T, D], domains that are there at a moment; tokens: [B, T], read so far, ascending;
+    budget: [B, T], of the run as far as was known then, in the unit of tokens. Padding of a shorter run comes last.
+    """
+
+    domain: Tensor
+    run: Tensor
+    weights: Tensor
+    prior: Tensor
+    mask: Tensor
+    tokens: Tensor
+    budget: Tensor
+
+
+class Past(NamedTuple):
+    """What a HistoryNetwork needs of K earlier moments: tokens [B, K], mask bool [B, K, D], and of each layer keys and
+    values [B, D, heads, K, H / heads]."""
+
+    tokens: Tensor
+    mask: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Layer(nn.Module):
@@ -52,9 +117,23 @@ class Layer(nn.Module):
         self.own, self.pooled = nn.Linear(hidden, 2 * hidden), nn.Linear(3 * hidden, 2 * hidden, bias=False)
         self.out = nn.Linear(2 * hidden, hidden)
 
-    def forward(self, hidden: Tensor, weights: Tensor, prior: Tensor, since: Tensor, mask: Tensor) -> Tensor:
-        """hidden: [B, T, D, H]; weights, prior: [B, T, D]; since: [B, T, T], time between two moments; mask: bool."""
-        hidden = hidden + self.attended(self._attend(self.norm(hidden), since, mask))
+    def forward(
+        self,
+        hidden: Tensor,
+        weights: Tensor,
+        prior: Tensor,
+        mask: Tensor,
+        since: Tensor,
+        there: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The next hidden units, and keys and values of the past and of these moments.
+
+        hidden: [B, T, D, H]; weights, prior: [B, T, D]; mask: bool [B, T, D]; since: [B, T, K + T], time from a moment
+        back to another; there: bool [B, D, T, K + T], what is looked at; past: keys and values of K earlier moments.
+        """
+        mixed, past = self._attend(self.norm(hidden), since, there, past)
+        hidden = hidden + self.attended(mixed)
         normed = self.pool_norm(hidden)
         pools = [
             (weights[..., None] * normed).sum(2),
@@ -62,19 +141,22 @@ class Layer(nn.Module):
             normed.masked_fill(~mask[..., None], -1e4).amax(2),
         ]
         inner = self.own(normed) + self.pooled(torch.cat(pools, dim=-1))[:, :, None]
-        return hidden + self.out(torch.relu(inner))
+        return hidden + self.out(torch.relu(inner)), past
 
-    def _attend(self, normed: Tensor, since: Tensor, mask: Tensor) -> Tensor:
+    def _attend(
+        self, normed: Tensor, since: Tensor, there: Tensor, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, time, domains, size = normed.shape
         shape = (batch, time, domains, 3, self.heads, size // self.heads)
         query, key, value = self.query_key_value(normed).view(shape).permute(3, 0, 2, 4, 1, 5)  # [B, D, heads, T, .]
-        bias = -self.log_slope.exp()[:, None, None] * since[:, None]  # [B, heads, T, T]
-        # Only what was before and was there; a moment itself always, so that no row is empty.
-        there = mask.transpose(1, 2)[:, :, None] & (since >= 0)[:, None]  # [B, D, T, T]
-        there = there | torch.eye(time, dtype=torch.bool, device=mask.device)
+        if past is not None:
+            key, value = (torch.cat(pair, dim=3) for pair in zip(past, (key, value), strict=True))
+        bias = -self.log_slope.exp()[:, None, None] * since[:, None]  # [B, heads, T, K + T]
         bias = bias[:, None].masked_fill(~there[:, :, None], -torch.inf)
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return mixed.permute(0, 3, 1, 2, 4).reshape(batch, time, domains, size)
+        # Not torch's own: that scales all keys anew for one query, which is most of the work of a decision.
+        query = query * (size // self.heads) ** -0.5
+        mixed = torch.softmax(query @ key.transpose(-1, -2) + bias, dim=-1) @ value
+        return mixed.permute(0, 3, 1, 2, 4).reshape(batch, time, domains, size), (key, value)
 
 
 class HistoryNetwork(nn.Module):
@@ -110,29 +192,47 @@ class HistoryNetwork(nn.Module):
             self.head.weight.mul_(0.02)  # it begins as a policy that stays where it is
             self.head.bias.zero_()
 
-    def forward(
-        self, domain: Tensor, run: Tensor, weights: Tensor, prior: Tensor, mask: Tensor, time: Tensor
-    ) -> Tensor:
+    def forward(self, seen: Seen) -> Tensor:
         """One number a domain and moment, for the decision of that moment; float32 [B, T, D], of no meaning off `mask`.
 
-        domain: float32 [B, T, D, P], all features; run: [B, T, G]; weights: [B, T, D] in force, zero where padded or
-        not there; prior: [B, D]; mask: bool [B, T, D], domains that are there at a moment; time: [B, T], tokens read
-        as a part of the budget, ascending. Moments that pad a shorter run have no domain on `mask`.
+        Each moment sees what `History` would show it, if all are at equal tokens: itself, and the earlier ones that
+        are remembered then.
         """
+        out = []
+        for begin, end, earlier in stretches(seen.tokens.shape[1]):
+            moments = np.union1d(earlier, np.arange(begin, end))
+            shown = torch.from_numpy(np.isin(moments, earlier))
+            numbers, _ = self.go_on(Seen(*(part[:, torch.from_numpy(moments)] for part in seen)), shown=shown)
+            out.append(numbers[:, begin - end :])
+        return torch.cat(out, dim=1)
+
+    def go_on(self, seen: Seen, past: Past | None = None, shown: Tensor | None = None) -> tuple[Tensor, Past]:
+        """The numbers [B, T, D] of some moments after a past, and the past of which they are part.
+
+        shown: bool [T], the moments that later ones see, all by default.
+        """
+        domain, run, weights, prior, mask, tokens, budget = seen
         own, common = domain[..., self.domain_columns], run[:, :, None, self.run_columns]
         x = torch.cat([own, common.expand(-1, -1, domain.shape[2], -1)], dim=-1)
         x = torch.minimum(torch.maximum(x, self.low), self.high)
         hidden = self.input((x - self.centre) / self.scale)
-        since = time[:, :, None] - time[:, None]
-        prior = prior[:, None] * mask
+        prior = prior * mask
         prior = prior / prior.sum(-1, keepdim=True).clamp_min(1e-12)
-        for layer in self.layers:
-            hidden = layer(hidden, weights, prior, since, mask)
-        return self.head(self.norm(hidden))[..., 0]
+        every, known = tokens, mask
+        if past is not None:
+            every, known = torch.cat([past.tokens, tokens], dim=1), torch.cat([past.mask, mask], dim=1)
+        since = ((tokens[:, :, None] - every[:, None]) / budget[:, :, None]).to(hidden.dtype)
+        there = _looked_at(known, tokens.shape[1], shown)
+        layers = []
+        for number, layer in enumerate(self.layers):
+            of_layer = None if past is None else past.layers[number]
+            hidden, of_layer = layer(hidden, weights, prior, mask, since, there, of_layer)
+            layers.append(of_layer)
+        return self.head(self.norm(hidden))[..., 0], Past(every, known, tuple(layers))
 
     @property
     def ranges(self) -> Ranges:
-        return Ranges(*(getattr(self, name).cpu().numpy() for name in Ranges._fields))
+        return Ranges.of(self)
 
     def save(self, path: Path, **made_with: Any) -> None:
         """Write a file of weights (safetensors) that the policy loads."""
@@ -162,6 +262,19 @@ class HistoryNetwork(nn.Module):
         return network.eval().requires_grad_(False)
 
 
+def _looked_at(known: Tensor, time: int, shown: Tensor | None) -> Tensor:
+    """What each of the last `time` moments looks at, bool [B, D, T, K + T], of `known` [B, K + T, D].
+
+    Only what was before, was there and is shown; a moment itself always, so that no row is empty.
+    """
+    each = torch.arange(known.shape[1])
+    here = each[-time:, None]
+    before = each < here
+    if shown is not None:
+        before[:, -time:] &= shown
+    return (before[..., None] & known[:, None] | (each == here)[..., None]).permute(0, 3, 1, 2)
+
+
 class History:
     """What a HistoryNetwork is to know of the earlier decisions of one run; at most LONGEST, at equal tokens.
 
@@ -169,9 +282,9 @@ class History:
     """
 
     def __init__(self, network: HistoryNetwork, n_domains: int):
-        self._network, self._spacing = network, 0.0
+        self._network, self._moments = network, Moments()
         own, run = len(network.domain_columns), len(network.run_columns)
-        self._tokens = np.zeros(0)
+        self._budget = np.zeros(0)
         self._domain = np.zeros((0, n_domains, own), dtype=np.float16)
         self._run = np.zeros((0, run), dtype=np.float16)
         self._weights = np.zeros((0, n_domains), dtype=np.float32)
@@ -188,46 +301,39 @@ class History:
         """The network's numbers for a decision, float32 [D], which is remembered from then on.
 
         domain: float32 [D, P]; run: float32 [G]; weights: float64 [D], sum of 1, 0 for domains that are not there;
-        prior: float64 [D]; tokens: read so far.
+        prior: float64 [D]; tokens: read so far; budget: of the run, as far as is known.
         """
-        network = self._network
+        network, count = self._network, len(self._budget) + 1
         own, common = network.domain_columns.numpy(), network.run_columns.numpy()
-        features = np.zeros((len(self._tokens) + 1, len(weights), domain.shape[1]), dtype=np.float32)
+        features = np.zeros((count, len(weights), domain.shape[1]), dtype=np.float32)
         features[:-1, :, own] = self._domain
         features[-1] = domain
-        of_run = np.zeros((len(self._tokens) + 1, len(run)), dtype=np.float32)
+        of_run = np.zeros((count, len(run)), dtype=np.float32)
         of_run[:-1, common] = self._run
         of_run[-1] = run
         in_force = np.vstack([self._weights, weights.astype(np.float32)])
-        time = np.append(self._tokens, tokens) / budget
-        arrays = (features, of_run, in_force, prior.astype(np.float32), in_force > 0, time.astype(np.float32))
+        when = np.append(self._moments.tokens, tokens), np.append(self._budget, budget)
+        priors = np.repeat(prior[None].astype(np.float32), count, axis=0)
+        arrays = (features, of_run, in_force, priors, in_force > 0, *when)
         with torch.inference_mode():
-            out = network(*(torch.from_numpy(array)[None] for array in arrays))[0, -1].numpy()
-        self._remember(domain[:, own], run[common], in_force[-1], tokens)
+            out = network(Seen(*(torch.from_numpy(array)[None] for array in arrays)))[0, -1].numpy()
+        self._remember(domain[:, own], run[common], in_force[-1], tokens, budget)
         return out
 
-    def _remember(self, domain: np.ndarray, run: np.ndarray, weights: np.ndarray, tokens: float) -> None:
-        """Keep it if it is far enough from the last one that was kept, to a millionth of the distance."""
-        if len(self._tokens) and tokens - self._tokens[-1] < self._spacing * (1 - 1e-6):
-            return
-        if len(self._tokens) == 1:
-            self._spacing = tokens - self._tokens[0]
-        self._tokens = np.append(self._tokens, tokens)
-        largest = np.finfo(np.float16).max
-        self._domain = np.concatenate([self._domain, np.clip(domain, -largest, largest).astype(np.float16)[None]])
-        self._run = np.concatenate([self._run, np.clip(run, -largest, largest).astype(np.float16)[None]])
-        self._weights = np.concatenate([self._weights, weights[None]])
-        if len(self._tokens) > LONGEST:
-            self._spacing *= 2
-            self._tokens, self._domain, self._run, self._weights = (
-                kept[::2].copy() for kept in (self._tokens, self._domain, self._run, self._weights)
-            )
+    def _remember(self, domain: np.ndarray, run: np.ndarray, weights: np.ndarray, tokens: float, budget: float) -> None:
+        kept, largest = self._moments.add(tokens), np.finfo(np.float16).max
+        self._budget = np.append(self._budget, budget)[kept]
+        self._domain, self._run, self._weights = (
+            np.concatenate([before, np.clip(new, -largest, largest).astype(before.dtype)[None]])[kept]
+            for before, new in ((self._domain, domain), (self._run, run), (self._weights, weights))
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able and exact."""
         return {
-            "spacing": self._spacing,
-            "tokens": self._tokens.tolist(),
+            "spacing": self._moments.spacing,
+            "tokens": self._moments.tokens.tolist(),
+            "budget": self._budget.tolist(),
             "domain": to_text(self._domain, "<f2"),
             "run": to_text(self._run, "<f2"),
             "weights": to_text(self._weights),
@@ -245,4 +351,5 @@ class History:
                 f"the agent's history does not fit this run of {domains} domains ({error}); resume with the manifest "
                 "and the file of weights that the state was saved with"
             ) from error
-        self._tokens, self._spacing = np.array(state["tokens"], dtype=np.float64), float(state["spacing"])
+        self._budget = np.array(state["budget"], dtype=np.float64)
+        self._moments.tokens, self._moments.spacing = np.array(state["tokens"], dtype=np.float64), state["spacing"]

@@ -82,7 +82,7 @@ class ConservativeQ(Learner):
     @torch.no_grad()
     def _later(self, batch: Batch) -> Tensor:
         then = self._then[batch.numbers]
-        states = self.states(batch._replace(numbers=then.clamp_min(0)))
+        states = self.states(batch._replace(numbers=torch.where(then >= 0, then, batch.numbers)))
         action = act(self.actor, states)
         value = torch.stack([critic(*states[:5], action) for critic in self._slow.networks]).amin(0)
         return torch.where(then >= 0, value, torch.zeros(()))

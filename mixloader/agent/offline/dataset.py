@@ -34,7 +34,7 @@ def of_trajectory(trajectory: Trajectory) -> Transitions:
     return Transitions(
         tensor(seen.domain), tensor(seen.run), tensor(seen.weights), tensor(seen.prior),
         torch.from_numpy(seen.active[kept]), tensor(seen.limit), tensor(action), tensor(trajectory.rewards()),
-        torch.arange(count - 1, -1, -1),
+        torch.arange(count - 1, -1, -1), tensor(seen.tokens), tensor(seen.budget),
     )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def of_rollout(rollout: Rollout) -> Transitions:
     episodes, decided = rollout.episodes, slice(0, rollout.steps - 1)
     reached = score(episodes, rollout.history.held_out)
     reward = np.diff(reached, axis=1)[:, 1:]
+    tokens = np.arange(1.0, rollout.steps)  # in steps
     parts = []
     for b, size in enumerate(episodes.size):
         prior = np.broadcast_to(episodes.prior[b, :size], (rollout.steps - 1, size))
@@ -61,7 +62,7 @@ def of_rollout(rollout: Rollout) -> Transitions:
                 tensor(rollout.weights[b, decided, :size]), tensor(prior),
                 torch.ones(rollout.steps - 1, int(size), dtype=torch.bool), tensor(rollout.limit[b, decided]),
                 tensor(rollout.weights[b, 1:, :size]), tensor(reward[b]),
-                torch.arange(rollout.steps - 2, -1, -1),
+                torch.arange(rollout.steps - 2, -1, -1), tensor(tokens), tensor(rollout.known_budget()[b, decided]),
             )
         )  # fmt: skip
     return Transitions.join(parts)

@@ -6,6 +6,7 @@ One learner (learners.py) on the decisions of the runs, from an actor that knows
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mixloader.agent.network import SetNetwork, load_parameters, save_parameters
+from mixloader.agent.networks import Network, load_network
 from mixloader.agent.offline.dataset import of_trajectories
 from mixloader.agent.offline.learner import Learner
 from mixloader.agent.offline.learners import LEARNERS
@@ -30,8 +31,8 @@ def spread(data: Transitions) -> float:
 
 
 def learn(
-    data: Transitions, start: SetNetwork, learner: str, updates: int, seed: int, *, progress: bool = False
-) -> tuple[SetNetwork, Learner]:
+    data: Transitions, start: Network, learner: str, updates: int, seed: int, *, progress: bool = False
+) -> tuple[Network, Learner]:
     """A copy of `start` after so many updates of a learner on `data`, and the learner. Deterministic.
 
     Raises ConfigError for a learner that is not known, or data that say nothing.
@@ -41,7 +42,7 @@ def learn(
     scale = spread(data)
     if not scale > 0:
         raise ConfigError("the runs to learn from are fewer than two, or all ended alike; collect more of them")
-    actor = SetNetwork.of(start.parameters_as_arrays())
+    actor = copy.deepcopy(start).requires_grad_()
     made = LEARNERS[learner](data.scaled(1 / scale), actor, seed, updates)
     bar = tqdm(range(updates), desc=learner, unit="update", mininterval=10, disable=not progress)
     for _ in bar:
@@ -61,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    start = SetNetwork.of(load_parameters(args.start))
+    start = load_network(args.start)
     data = of_trajectories(read_trajectories(args.trajectories))
     actor, _ = learn(data, start, args.learner, args.updates, args.seed, progress=True)
-    save_parameters(actor.parameters_as_arrays(), args.out, seed=args.seed, updates=args.updates)
+    actor.save(args.out, seed=args.seed, updates=args.updates)
     print(
         f"{args.out}: {args.learner}, {args.updates} updates on {len(data)} decisions of {len(list(data.runs()))} runs"
     )

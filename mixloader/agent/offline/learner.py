@@ -6,6 +6,7 @@ A learner is a file with a class that extends `Learner` and a line in `learners.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from mixloader.agent.critic import Critic
 from mixloader.agent.features import OF_SIGNALS
 from mixloader.agent.network import feature_columns
 from mixloader.agent.offline.proposals import move
-from mixloader.agent.offline.transitions import States, Transitions
+from mixloader.agent.offline.transitions import Runs, States, Transitions
+from mixloader.agent.transformer import HistoryNetwork
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -23,6 +25,8 @@ CLIP = 1.0  # norm of a gradient
 QUIET = 0.3
 """Of the decisions of a batch, those that are shown without influence, and as many without feedback: the agent must do
 without what a run does not measure."""
+TOGETHER = 8
+"""Decisions of a batch that are of one run where the actor reads its history: one pass over the run gives them all."""
 
 _COLUMNS = {signal: feature_columns(names) for signal, names in OF_SIGNALS.items()}
 
@@ -35,15 +39,22 @@ class Batch(NamedTuple):
 
 
 class Actor(Protocol):
-    """A network that says for every domain how its log weight should move, before tanh; see `SetNetwork`."""
+    """A network that says for every domain how its log weight should move, before tanh; see `SetNetwork`.
+
+    A HistoryNetwork is one, too, which is shown whole runs instead.
+    """
 
     def __call__(self, domain: Tensor, run: Tensor, weights: Tensor, prior: Tensor, mask: Tensor) -> Tensor: ...
 
 
 def moves(actor: Actor, states: States) -> Tensor:
     """The actor's move of each log weight in [-1, 1] of the limit, [B, D], zero where padded."""
-    out = torch.tanh(actor(states.domain, states.run, states.weights, states.prior, states.mask))
-    return torch.where(states.mask, out, torch.zeros(()))
+    if isinstance(actor, HistoryNetwork):
+        seen, at = states.runs()
+        out = actor(seen)[torch.arange(len(at))[:, None], at].flatten(0, 1)
+    else:
+        out = actor(*states[:5])
+    return torch.where(states.mask, torch.tanh(out), torch.zeros(()))
 
 
 def act(actor: Actor, states: States) -> Tensor:
@@ -70,6 +81,7 @@ class Learner:
         self.data, self.actor, self.updates, self.done = data, actor, updates, 0
         self.generator = torch.Generator().manual_seed(seed)
         self.by_actor = Optimizer(actor, updates)
+        self._together = TOGETHER if isinstance(actor, HistoryNetwork) else 1
 
     def learn(self) -> dict[str, float]:
         """One update on one batch; what is worth a look while it learns."""
@@ -83,18 +95,36 @@ class Learner:
 
     def batch(self) -> Batch:
         """BATCH decisions, drawn with replacement."""
-        index = torch.randint(len(self.data), (BATCH,), generator=self.generator)
-        return Batch(index, {name: torch.rand(BATCH, generator=self.generator) < QUIET for name in _COLUMNS})
+        together, runs = self._together, BATCH // self._together
+        index = torch.randint(len(self.data), (runs,), generator=self.generator)
+        if together > 1:
+            index = self.data.beside(index, together, self.generator)
+        # A run lacks a signal from its begin.
+        gone = {name: torch.rand(runs, generator=self.generator) < QUIET for name in _COLUMNS}
+        return Batch(index, {name: rows.repeat_interleave(together) for name, rows in gone.items()})
 
     def states(self, batch: Batch) -> States:
         """What is shown of them: features of a missing signal are 0."""
-        states = self.data.states(batch.numbers)
-        domain, run = states.domain.clone(), states.run.clone()
-        for signal, (of_domain, of_run) in _COLUMNS.items():
-            gone = batch.without[signal]
-            domain[..., of_domain] = domain[..., of_domain].masked_fill(gone[:, None, None], 0.0)
-            run[:, of_run] = run[:, of_run].masked_fill(gone[:, None], 0.0)
-        return states._replace(domain=domain, run=run)
+        states = self.data.states(batch.numbers, self._together)
+        domain, run = _hidden(states.domain, states.run, batch.without)
+
+        def runs() -> Runs:
+            seen, at = states.runs()
+            gone = {name: rows[:: self._together] for name, rows in batch.without.items()}
+            domain, run = _hidden(seen.domain, seen.run, gone)
+            return Runs(seen._replace(domain=domain, run=run), at)
+
+        return states._replace(domain=domain, run=run, runs=runs)
+
+
+def _hidden(domain: Tensor, run: Tensor, without: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The features [B, ..., P] and [B, ..., G], those of the signals that a row is without 0."""
+    out = domain.clone(), run.clone()
+    for signal, columns in _COLUMNS.items():
+        for features, of_signal in zip(out, columns, strict=True):
+            gone = without[signal].view(-1, *[1] * (features.dim() - 1))
+            features[..., of_signal] = features[..., of_signal].masked_fill(gone, 0.0)
+    return out
 
 
 class Optimizer:

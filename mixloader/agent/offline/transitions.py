@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+
+from mixloader.agent.transformer import Seen
+
+
+class Runs(NamedTuple):
+    """R runs from their begins, and which of their moments are the decisions that are asked for, int64 [R, K]."""
+
+    seen: Seen
+    at: Tensor
 
 
 class States(NamedTuple):
     """What a network is shown of B decisions, float32: domain [B, D, P], run [B, G], weights and prior [B, D] (zero
-    where padded), mask bool [B, D], limit [B]: how far a log weight may move."""
+    where padded), mask bool [B, D], limit [B]: how far a log weight may move. runs: makes the runs they are of, for
+    networks that read what was before."""
 
     domain: Tensor
     run: Tensor
@@ -21,6 +32,7 @@ class States(NamedTuple):
     prior: Tensor
     mask: Tensor
     limit: Tensor
+    runs: Callable[[], Runs]
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Transitions:
     domain [N, D, P], run [N, G], weights, prior [N, D], mask bool [N, D], limit [N]: the state (`States`).
     action [N, D]: the weights that were in force after the decision; zero where padded.
     reward [N]: the change of the score until the next decision. left int64 [N]: decisions that follow in the run.
+    tokens, budget [N]: read so far and of the run as far as was known, in any unit.
     """
 
     domain: Tensor
@@ -41,18 +54,46 @@ class Transitions:
     action: Tensor
     reward: Tensor
     left: Tensor
+    tokens: Tensor
+    budget: Tensor
 
     def __len__(self) -> int:
         return len(self.reward)
 
-    def states(self, index: Tensor) -> States:
-        """Those of some decisions, cut to the domains that any of them has."""
+    def states(self, index: Tensor, together: int = 1) -> States:
+        """Those of some decisions, cut to the domains that any of them has.
+
+        together: so many, one after the other in `index`, are of one run.
+        """
         mask = self.mask[index]
         size = int(mask.sum(1).max())
         return States(
             self.domain[index, :size], self.run[index], self.weights[index, :size], self.prior[index, :size],
-            mask[:, :size], self.limit[index],
+            mask[:, :size], self.limit[index], functools.partial(self._runs_of, index, together, size),
         )  # fmt: skip
+
+    def _runs_of(self, index: Tensor, together: int, size: int) -> Runs:
+        begin = self.begin[index[::together]]
+        at = index.view(-1, together) - begin[:, None]
+        last = begin + at.amax(1)
+        # Moments that pad a shorter run are its last one: no earlier one sees them.
+        whole = torch.minimum(begin[:, None] + torch.arange(int(at.max()) + 1), last[:, None])
+        wide = (self.domain, self.weights, self.prior, self.mask)
+        domain, weights, prior, mask = (values[:, :size][whole] for values in wide)
+        run, tokens, budget = (values[whole] for values in (self.run, self.tokens, self.budget))
+        return Runs(Seen(domain, run, weights, prior, mask, tokens, budget), at)
+
+    @functools.cached_property
+    def begin(self) -> Tensor:
+        """The first decision of the run of each, int64 [N]."""
+        return torch.tensor([run.start for run in self.runs() for _ in run], dtype=torch.int64)
+
+    def beside(self, index: Tensor, count: int, generator: Generator) -> Tensor:
+        """`count` decisions of the run of each of some, drawn with replacement, int64 [B * count]."""
+        begin = self.begin[index]
+        length = index + self.left[index] + 1 - begin
+        place = torch.rand(len(index), count, generator=generator, dtype=torch.float64) * length[:, None]
+        return (begin[:, None] + place.long()).flatten()
 
     def actions(self, index: Tensor) -> Tensor:
         """[B, D] as many domains as `states(index)` has."""
