@@ -1,22 +1,27 @@
 """Offline learning on an invented task with a known answer: rows of good domains are worth something."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mixloader.agent.episodes import draw
-from mixloader.agent.features import N_DOMAIN, N_GLOBAL
-from mixloader.agent.network import SetNetwork
+from mixloader.agent.features import N_DOMAIN, N_GLOBAL, OF_SIGNALS
+from mixloader.agent.network import SetNetwork, feature_columns
+from mixloader.agent.networks import Network
+from mixloader.agent.offline.cloning import BehaviourCloning
 from mixloader.agent.offline.conservative import ConservativeQ
 from mixloader.agent.offline.dataset import of_rollout
 from mixloader.agent.offline.fit import learn, spread
-from mixloader.agent.offline.learner import act, new_critic
+from mixloader.agent.offline.learner import BATCH, QUIET, TOGETHER, act, moves, new_critic
 from mixloader.agent.offline.learners import LEARNERS
 from mixloader.agent.offline.proposals import ANYWHERE, NEAR_DATA, REACHABLE, move, propose
 from mixloader.agent.offline.transitions import Transitions
 from mixloader.agent.rollout import by_random_walk, play
 from mixloader.agent.signals import draw_signals
 from mixloader.agent.simulator import score
+from mixloader.agent.transformer import History, HistoryNetwork
 from mixloader.errors import ConfigError
 
 STEPS, LIMIT = 12, 0.5
@@ -37,11 +42,14 @@ def invented(runs: int, seed: int, sizes=(2, 7), policy=None) -> Transitions:
         prior = torch.full((STEPS, size), 1 / size)
         weights, actions = [prior[0]], []
         drift = torch.from_numpy(rng.normal(0, 1.0, size)).float()
+        left, tokens = torch.arange(STEPS - 1, -1, -1), torch.arange(1.0, STEPS + 1)
         whole = Transitions(
-            domain, run, prior, prior, mask, torch.full((STEPS,), LIMIT), prior, torch.zeros(STEPS), torch.zeros(STEPS)
-        )
+            domain, run, prior.clone(), prior, mask, torch.full((STEPS,), LIMIT), prior, torch.zeros(STEPS), left,
+            tokens, torch.full((STEPS,), float(STEPS)),
+        )  # fmt: skip
         for step in range(STEPS):
-            states = whole.states(torch.tensor([step]))._replace(weights=weights[-1][None])
+            whole.weights[step] = weights[-1]
+            states = whole.states(torch.tensor([step]))
             drift = 0.8 * drift + torch.from_numpy(rng.normal(0, 0.6, size)).float()
             with torch.no_grad():
                 action = move(states, torch.tanh(drift)) if policy is None else act(policy, states)
@@ -49,11 +57,8 @@ def invented(runs: int, seed: int, sizes=(2, 7), policy=None) -> Transitions:
             weights.append(action[0])
         action = torch.stack(actions)
         parts.append(
-            Transitions(
-                domain, run, torch.stack(weights[:-1]), prior, mask, whole.limit, action,
-                (action * good).sum(1) / STEPS, torch.arange(STEPS - 1, -1, -1),
-            )
-        )  # fmt: skip
+            replace(whole, weights=torch.stack(weights[:-1]), action=action, reward=(action * good).sum(1) / STEPS)
+        )
     return Transitions.join(parts)
 
 
@@ -68,16 +73,20 @@ def data():
     return invented(150, 0)
 
 
-def new_actor() -> SetNetwork:
+def new_actor(kind=SetNetwork) -> Network:
     torch.manual_seed(0)
-    actor = SetNetwork()
+    actor = kind()
     actor.low.fill_(-5)
     actor.high.fill_(5)
     return actor
 
 
-def learnt(data, name, updates):
-    return learn(data, new_actor(), name, updates, seed=0)[0]
+def learnt(data, name, updates, kind=SetNetwork):
+    return learn(data, new_actor(kind), name, updates, seed=0)[0]
+
+
+def small_history() -> HistoryNetwork:
+    return HistoryNetwork(hidden=16, heads=2)
 
 
 @pytest.mark.slow
@@ -93,10 +102,79 @@ def test_cloning_does_as_well_as_the_data(data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "updates", "ahead"), [("awr", 150, 0.15), ("iql", 200, 0.15), ("cql", 100, 0.15)])
+def test_the_transformer_learns_from_the_same_data(data, name, updates, ahead):
+    assert worth(learnt(data, name, updates, small_history)) > worth(None) + ahead
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [SetNetwork, small_history])
 @pytest.mark.parametrize("name", LEARNERS)
-def test_the_same_seed_learns_the_same_bits(data, name):
-    first, second = (learnt(data, name, 5).state_dict() for _ in range(2))
+def test_the_same_seed_learns_the_same_bits(data, name, kind):
+    first, second = (learnt(data, name, 5, kind).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def noisy(runs: int, seed: int, sizes=(2, 7)) -> Transitions:
+    """As invented, with features of everything that differ from moment to moment."""
+    data = invented(runs, seed, sizes)
+    generator = torch.Generator().manual_seed(seed)
+    domain = torch.randn(data.domain.shape, generator=generator) * data.mask[..., None]
+    return replace(data, domain=domain, run=torch.randn(data.run.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def history():
+    actor = new_actor(small_history)
+    with torch.no_grad():
+        actor.head.weight.mul_(50)
+    return actor.requires_grad_(False)
+
+
+def test_the_transformer_is_shown_the_run_of_each_decision_up_to_it(history):
+    """In a batch of several sizes and places, it asks for what the policy would after that history."""
+    data = noisy(4, 6)
+    index = torch.tensor([5, 0, STEPS + 3, 3 * STEPS - 1, 4 * STEPS - 2, 5])
+    states = data.states(index)
+    found = moves(history, states)
+    for row, number in enumerate(index.tolist()):
+        run = list(data.runs())[number // STEPS]
+        size = int(data.mask[number].sum())
+        remembered = History(history, size)
+        for i in range(run.start, number + 1):
+            seen = (data.domain[i, :size], data.run[i], data.weights[i, :size], data.prior[i, :size])
+            u = remembered.answer(*(part.numpy() for part in seen), float(data.tokens[i]), float(data.budget[i]))
+        np.testing.assert_allclose(found[row, :size], np.tanh(u), atol=5e-3)
+        assert (found[row, size:] == 0).all()
+        assert found[row, :size].std() > 0.02
+    # Together, those of a run are the same as one by one.
+    together = torch.tensor([5, 0, STEPS + 3, STEPS + 11])
+    one, many = (moves(history, data.states(together, count)) for count in (1, 2))
+    torch.testing.assert_close(one, many)
+
+
+def test_a_batch_for_the_transformer_has_some_runs_whose_signals_are_missing_throughout(history):
+    data = noisy(30, 7)
+    learner = BehaviourCloning(data, history, 0, 1)
+    shares = []
+    for _ in range(20):
+        batch = learner.batch()
+        assert len(batch.numbers) == BATCH
+        seen, at = learner.states(batch).runs()
+        grouped = {name: rows.view(-1, TOGETHER) for name, rows in batch.without.items()}
+        for rows in (data.begin[batch.numbers].view(-1, TOGETHER), *grouped.values()):
+            assert (rows == rows[:, :1]).all()
+        for signal, names in OF_SIGNALS.items():
+            gone, columns = grouped[signal][:, 0], feature_columns(names)
+            for values, of_signal in zip((seen.domain, seen.run), columns, strict=True):
+                assert (values[gone][..., of_signal] == 0).all()
+            assert (seen.run[~gone][..., columns[1]] != 0).all()
+            shares.append(gone.float().mean())
+        decided = data.tokens[batch.numbers].view(at.shape)
+        assert torch.equal(seen.tokens[torch.arange(len(at))[:, None], at], decided)
+    assert np.mean(shares) == pytest.approx(QUIET, abs=0.1)
+    begins = torch.cat([data.begin[learner.batch().numbers] for _ in range(60)])
+    assert len(begins.unique()) == 30
 
 
 def test_rewards_ahead_stop_at_the_end_of_a_run():
