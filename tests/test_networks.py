@@ -1,5 +1,7 @@
 """Either of the agent's networks in the simulator: what decides, and the derivative by which it is fitted."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -106,12 +108,13 @@ def test_a_short_fit_of_the_transformer_improves_the_score():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_fit_is_deterministic_and_writes_a_file_that_the_policy_loads(name, tmp_path):
+def test_a_fit_is_deterministic_and_writes_a_file_that_the_policy_loads(name, tmp_path, capsys):
     files = []
     for again in ("a", "b"):
         out = tmp_path / f"{again}.safetensors"
         arguments = ["--network", name, "--out", str(out), "--iterations", "1", "--batch", "4", "--held-out", "0"]
         assert fit.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["held_out"] == {}
         files.append(out.read_bytes())
     assert files[0] == files[1]
     assert Agent(parameters=out).uses == {"influence", "feedback"}

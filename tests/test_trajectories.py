@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from agent_runs import save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import Chase, tiny_config, tiny_data
 
 from mixloader.agent.offline.dataset import of_trajectory
 from mixloader.agent.offline.fit import main as fit_agent
+from mixloader.agent.policy import SHIPPED
 from mixloader.agent.trajectories import Trajectory, read_trajectories, rounded, write_trajectories
+from mixloader.agent.transformer import HistoryNetwork
 from mixloader.errors import RecordError
 from mixloader.observation import Observation, Signal
 from mixloader.policies import make_policy, register
@@ -281,15 +284,23 @@ def test_a_trajectory_is_decisions_to_learn_from(known):
     np.testing.assert_allclose(found.weights, [o.weights for o in seen][: len(found)], rtol=1e-5)
     np.testing.assert_allclose(found.reward, trajectory.rewards()[kept], rtol=1e-5, atol=1e-7)
     assert found.left.tolist() == list(range(len(found) - 1, -1, -1))
+    np.testing.assert_allclose(found.tokens, [o.tokens for o in seen][: len(found)], rtol=1e-6)
+    np.testing.assert_allclose(found.tokens / found.budget, [o.progress for o in seen][: len(found)], rtol=1e-6)
 
 
-def test_an_agent_is_fitted_to_a_file_of_trajectories(known, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["set", "transformer"])
+def test_an_agent_is_fitted_to_a_file_of_trajectories(known, tmp_path, capsys, kind):
     trajectory, _ = known
     better = dataclasses.replace(
         trajectory, feedback=trajectory.feedback * np.linspace(1, 0.9, len(trajectory.feedback))[:, None]
     )
     write_trajectories(tmp_path / "runs.zst", [trajectory, better])
-    assert fit_agent([str(tmp_path / "runs.zst"), "--out", str(tmp_path / "agent.safetensors"), "--updates", "3"]) == 0
+    start = SHIPPED
+    if kind == "transformer":
+        start = save_random(tmp_path / "start.safetensors", HistoryNetwork(hidden=8))
+    given = ["--start", str(start), "--out", str(tmp_path / "agent.safetensors"), "--updates", "3"]
+    assert fit_agent([str(tmp_path / "runs.zst"), *given]) == 0
+    assert (tmp_path / "agent.safetensors").read_bytes() != start.read_bytes()
     assert "2 runs" in capsys.readouterr().out
     policy = make_policy("agent", parameters=str(tmp_path / "agent.safetensors"))
     policy.reset(trajectory.table)
