@@ -44,7 +44,6 @@ or recovers less well than the simulator."""
 CHUNKS = 4
 """Parts that a batch is made in, each with random numbers of its own."""
 
-
 Drawn = Callable[[int, np.random.Generator], Episodes]
 """Draws so many episodes to learn from."""
 
@@ -241,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=512, help="episodes to score, never trained on; 0 for none")
     args = parser.parse_args(argv)
     begun = time.perf_counter()
-    network = fit(args.seed, args.iterations, args.batch, args.network)
+    network = fit(args.seed, args.iterations, args.batch, kind=args.network)
     network.save(args.out, seed=args.seed, iterations=args.iterations, batch=args.batch)
     scores = evaluate(network, seed=args.seed + 1_000_003, count=args.held_out) if args.held_out else {}
     print(json.dumps({"seconds": round(time.perf_counter() - begun), "held_out": scores}, indent=1))

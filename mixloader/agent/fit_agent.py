@@ -26,7 +26,8 @@ from mixloader.agent.calibrate import UNSEEN, fitted_ranges, influence_agreement
 from mixloader.agent.episodes import Episodes, Ranges, draw, read_ranges
 from mixloader.agent.fit import Drawn, evaluate, fit
 from mixloader.agent.measured import measured_runs
-from mixloader.agent.network import Parameters, SetNetwork, load_parameters, read_tensors, save_parameters
+from mixloader.agent.network import read_tensors
+from mixloader.agent.networks import Network, load_network
 from mixloader.agent.offline.dataset import of_trajectories
 from mixloader.agent.offline.fit import learn
 from mixloader.agent.offline.learners import LEARNERS
@@ -91,12 +92,12 @@ class Fit:
         rng = np.random.default_rng([self.seed, 2, left_out])
         return twins_of(some(self.measured, np.flatnonzero(self.left_out == left_out)), ranges, rng)
 
-    def warm_up(self, ranges: Ranges) -> Parameters:
+    def warm_up(self, ranges: Ranges) -> Network:
         """A network that does well in the simulator."""
         path = self.out / "warm-up.safetensors"
         made = self._made_with()
         if self._is_made(path, made):
-            return load_parameters(path)
+            return load_network(path)
         twins = self.twins(ranges, left_out=False)
 
         def drawn(count: int, rng: np.random.Generator) -> Episodes:
@@ -104,21 +105,20 @@ class Fit:
                 return draw_twins(twins, count, rng, ranges)
             return draw(count, rng, ranges)
 
-        parameters = fit(self.seed, self.batches, self.batch, drawn)
-        save_parameters(parameters, path, **made)
-        return parameters
+        network = fit(self.seed, self.batches, self.batch, drawn)
+        network.save(path, **made)
+        return network
 
-    def learn(self, start: Parameters, learner: str) -> Parameters:
+    def learn(self, start: Network, learner: str) -> Network:
         """What a learner makes of the start and the runs."""
         path = self.out / f"{learner}.safetensors"
         made = self._made_with() | {"learner": learner, "updates": self.updates}
         if self._is_made(path, made):
-            return load_parameters(path)
+            return load_network(path)
         data = of_trajectories([one for one, out in zip(self.runs, self.left_out, strict=True) if not out])
-        actor, _ = learn(data, SetNetwork.of(start), learner, self.updates, self.seed, progress=True)
-        parameters = actor.parameters_as_arrays()
-        save_parameters(parameters, path, **made)
-        return parameters
+        actor, _ = learn(data, start, learner, self.updates, self.seed, progress=True)
+        actor.save(path, **made)
+        return actor
 
     def _made_with(self) -> dict[str, Any]:
         """What decides the warmed-up weights, for their file."""
@@ -130,10 +130,10 @@ class Fit:
     def _is_made(self, path: Path, made: dict[str, Any]) -> bool:
         return path.exists() and read_tensors(path)[1].get("fit") == made
 
-    def judge(self, parameters: Parameters, twins: Episodes) -> dict[str, dict[str, float]]:
+    def judge(self, network: Network, twins: Episodes) -> dict[str, dict[str, float]]:
         """Scores on the twins of runs that are left out, asked what the runs were asked."""
         same: Drawn = lambda count, rng: twins  # noqa: E731
-        return evaluate(parameters, self.seed + 1_000_003, len(twins.size), oracles=False, drawn=same)
+        return evaluate(network, self.seed + 1_000_003, len(twins.size), oracles=False, drawn=same)
 
     def run(self) -> dict[str, Any]:
         """All stages: writes agent.safetensors and report.json, whose content it returns."""
@@ -144,7 +144,7 @@ class Fit:
         for learner in self.learners:
             candidates[learner] = self.learn(candidates["warm-up"], learner)
         twins = self.twins(ranges, left_out=True)
-        judged = {name: self.judge(parameters, twins) for name, parameters in candidates.items()}
+        judged = {name: self.judge(network, twins) for name, network in candidates.items()}
         best = max(judged, key=lambda name: judged[name]["agent"]["score"])
         files.replace(self.out / "agent.safetensors", (self.out / f"{best}.safetensors").read_bytes())
         report = {
