@@ -27,7 +27,7 @@ from mixloader.agent.episodes import Episodes, Ranges, draw, read_ranges
 from mixloader.agent.fit import Drawn, evaluate, fit
 from mixloader.agent.measured import measured_runs
 from mixloader.agent.network import read_tensors
-from mixloader.agent.networks import Network, load_network
+from mixloader.agent.networks import NETWORKS, Network, load_network
 from mixloader.agent.offline.dataset import of_trajectories
 from mixloader.agent.offline.fit import learn
 from mixloader.agent.offline.learners import LEARNERS
@@ -45,7 +45,8 @@ LEAST = 10  # runs
 class Fit:
     """One making of the agent in a folder.
 
-    runs: those that may be learned from; every fifth is left out for the choice. learners: names of LEARNERS.
+    runs: those that may be learned from; every fifth is left out for the choice. network: a name of NETWORKS. learners:
+    names of LEARNERS.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Fit:
         out: Path,
         *,
         seed: int = 0,
+        network: str = "set",
         batches: int = 1500,
         batch: int = 48,
         learners: Sequence[str] = ("cql",),
@@ -66,7 +68,8 @@ class Fit:
         every = round(1 / UNSEEN)
         self.left_out = np.arange(len(runs)) % every == every - 1
         self.runs, self.out, self.seed = list(runs), out, seed
-        self.batches, self.batch, self.learners, self.updates = batches, batch, tuple(learners), updates
+        self.network, self.learners = network, tuple(learners)
+        self.batches, self.batch, self.updates = batches, batch, updates
         self.measured = measured_runs(self.runs)
         self._folds = sorted({str(one.meta.get("fold")) for one in self.runs})
         content = [[one.weights.tolist(), one.held_out.tolist(), one.meta.get("number")] for one in self.runs]
@@ -105,7 +108,7 @@ class Fit:
                 return draw_twins(twins, count, rng, ranges)
             return draw(count, rng, ranges)
 
-        network = fit(self.seed, self.batches, self.batch, drawn)
+        network = fit(self.seed, self.batches, self.batch, drawn, self.network)
         network.save(path, **made)
         return network
 
@@ -123,8 +126,8 @@ class Fit:
     def _made_with(self) -> dict[str, Any]:
         """What decides the warmed-up weights, for their file."""
         return {
-            "folds": self._folds, "runs": self._runs_digest, "seed": self.seed, "batches": self.batches,
-            "batch": self.batch,
+            "folds": self._folds, "runs": self._runs_digest, "seed": self.seed, "network": self.network,
+            "batches": self.batches, "batch": self.batch,
         }  # fmt: skip
 
     def _is_made(self, path: Path, made: dict[str, Any]) -> bool:
@@ -161,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("trajectories", type=Path, help="a file of `python -m mixloader collect --pack`")
     parser.add_argument("--out", type=Path, default=Path("runs/agent"), help="folder for what it makes")
     parser.add_argument("--fold", help="learn from the runs of this fold alone (default: the shipped one; 'all': all)")
+    parser.add_argument("--network", choices=list(NETWORKS), default="set")
     parser.add_argument("--learners", nargs="*", default=["cql"], choices=list(LEARNERS), help="to try after warm-up")
     parser.add_argument("--batches", type=int, default=1500, help="of episodes, to warm up on")
     parser.add_argument("--batch", type=int, default=48, help="episodes a batch")
@@ -170,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     fold = args.fold or Split.load().shipped
     runs = [one for one in read_trajectories(args.trajectories) if fold in ("all", one.meta.get("fold"))]
-    options = {name: getattr(args, name) for name in ("seed", "batches", "batch", "learners", "updates")}
+    options = {name: getattr(args, name) for name in ("seed", "network", "batches", "batch", "learners", "updates")}
     with files.sole_user(args.out, "fit"):
         report = Fit(runs, args.out, **options).run()
     print(json.dumps(report, indent=1))
