@@ -79,8 +79,7 @@ def objective_cotangent(episodes: Episodes, steps: int) -> np.ndarray:
 def policy_gradient(network: Network, rollout: Rollout, rng: np.random.Generator) -> list[Tensor]:
     """Derivatives of the objective, less the penalty on moves, by the network's parameters, in their order.
 
-    At some of the decisions: neighbouring ones of a run are alike, and a part of them, chosen anew each time, may tell
-    nearly as much as all (Kind.chosen).
+    At some of the decisions, chosen anew each time; how many is a matter of the kind of network.
     """
     episodes, decisions, kind = rollout.episodes, rollout.steps - 1, kind_of(network)
     cotangent = objective_cotangent(episodes, rollout.steps)

@@ -19,9 +19,9 @@ Network: TypeAlias = SetNetwork | HistoryNetwork
 
 
 class Kind(NamedTuple):
-    """One of the two.
+    """A kind of network.
 
-    new: a network from scratch, of the size that is fitted. decide: what decides with its present parameters, in one
+    new: one from scratch, of the size that is fitted. decide: what decides with its present parameters, in one
     Rollout. numbers: what it answers at some decisions of some episodes of a Rollout that have the same size, float32
     [episodes, decisions, size], differentiable. chosen: the part of the decisions at which its gradient is taken.
     """
