@@ -371,7 +371,7 @@ def collect_verb(argv: Sequence[str]) -> int:
 
 
 def fit_agent_verb(argv: Sequence[str]) -> int:
-    from mixloader.agent.fit import main as fit
+    from mixloader.agent.fit_agent import main as fit
 
     return fit(list(argv))
 
