@@ -21,7 +21,6 @@ from mixloader.agent.episodes import (
 )
 from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
 from mixloader.agent.simulator import held_out, improvements, influence_now, pull_back, pull_back_all, run, score
-from mixloader.agent.trajectory import UNPROBED_SHARE
 from mixloader.errors import ConfigError
 
 
@@ -86,15 +85,15 @@ def test_probes_cover_a_part_of_the_domains_and_the_score_says_what_counts(episo
     both = both_fields(episodes)
     np.testing.assert_allclose(episodes.value.sum(1)[both], 1)
     for code, part in ((SOURCE, episodes.preference), (TARGET, 1 - episodes.preference)):
-        unprobed = (episodes.probe == 0) & (episodes.field == code)
-        assert unprobed.any()
-        expected = UNPROBED_SHARE * part * unprobed.any(1)
-        np.testing.assert_allclose(np.where(unprobed, episodes.value, 0).sum(1), expected)
+        of_field = episodes.field == code
+        assert (of_field & (episodes.probe == 0)).any()
+        expected = np.where(of_field, (part / np.maximum(of_field.sum(1), 1))[:, None], 0)
+        np.testing.assert_allclose(np.where(of_field, episodes.value, 0), expected)
 
     field = np.array([SOURCE, SOURCE, TARGET, NO_FIELD])
     probe, value = probe_weights(field, np.array([True, False, True, False]), 0.8)
     np.testing.assert_allclose(probe, [1, 0, 1, 0])
-    np.testing.assert_allclose(value, [0.8 * (1 - UNPROBED_SHARE), 0.8 * UNPROBED_SHARE, 0.2, 0])
+    np.testing.assert_allclose(value, [0.4, 0.4, 0.2, 0])
 
 
 def test_the_score_is_preference_times_improvements_where_all_is_probed():

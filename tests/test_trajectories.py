@@ -182,19 +182,18 @@ def test_rewards_add_up_to_the_fall_of_the_balanced_loss(known):
 
 
 @settings(max_examples=40, deadline=None)
-@given(share=st.floats(0, 1), preference=st.floats(0, 1), shift=st.floats(-1, 1))
-def test_what_no_probe_covers_counts_with_its_share(known, share, preference, shift):
+@given(preference=st.floats(0, 1), shift=st.floats(-1, 1))
+def test_what_no_probe_covers_counts_like_any_domain(known, preference, shift):
     trajectory, _ = known
+    assert trajectory.table.fields == ("source", "source", "target")
     probed = np.array([True, False, True])
     held_out = trajectory.held_out.copy()
-    held_out[-1, 1] += shift  # "code", a source domain that no probe covers any more
+    held_out[-1, 1] += shift  # a source domain that no probe covers any more
     changed = dataclasses.replace(trajectory, probed=probed, held_out=held_out, preference=preference)
     usual = dataclasses.replace(trajectory, probed=probed, preference=preference)
-    covered = usual.tokens_per_step * np.clip(usual.effect[0] / usual.steps, 0, 1)
-    assert covered >= 0
     part = (usual.steps - usual.effect[0]) / usual.steps
-    difference = changed.rewards(share).sum() - usual.rewards(share).sum()
-    assert difference == pytest.approx(-shift * part * share * preference, abs=1e-9)
+    difference = changed.rewards().sum() - usual.rewards().sum()
+    assert difference == pytest.approx(-shift * part * preference / 2, abs=1e-9)
 
 
 def test_without_feedback_the_score_text_stands_in(known):

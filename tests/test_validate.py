@@ -142,7 +142,6 @@ def test_what_was_played_is_read_from_its_folder(corpora, collection):
         own = trajectory.preference
         assert one.fall == pytest.approx(-(own * one.source_change + (1 - own) * one.target_change))
         assert one.fall == trajectory.gain()
-        assert one.fall_by_share == trajectory.gain(0.2)
         assert 0.2 < one.source_read < 0.7
 
 
@@ -181,7 +180,7 @@ def test_a_collection_that_works_is_left_alone_unless_a_base_is_missing(corpora,
 
 
 def one(number, fall, **more):
-    values = {"fall_by_share": fall / 2, "source_read": 0.5, "source_change": 0.1, "target_change": -0.5}
+    values = {"source_read": 0.5, "source_change": 0.1, "target_change": -0.5}
     return Played(number, fall, **{**values, "policy_errors": 0, **more})
 
 
@@ -195,30 +194,13 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
     assert found["half"]["difference"] == {}
     mine = found["mine"]
     assert mine["difference"] == pytest.approx({"mean": 0.3, "error": 0.2, "worst": 0.1, "worst_number": 10})
-    assert mine["difference_by_share"]["mean"] == pytest.approx(0.15)
     assert mine["fall"] == pytest.approx(2.3), "over its own episodes"
     text = table(found).splitlines()
     assert text[0].startswith("| policy")
     assert "+0.3000 ± 0.2000" in text[3]
     assert "+0.1000 (10)" in text[3]
     assert "mine ‡2" in text[3]
-    assert text[4].replace(" ", "") == "|none|0|||||||||", "nothing is known"
-
-
-def test_the_gain_with_a_share_for_what_no_probe_covers(corpora, collection):
-    folder = next(path.parent for path in collection.glob("episodes/*/cell.json"))
-    known = Trajectory.from_episode(folder)
-    names = ("a", "b", "c")
-    known = dataclasses.replace(
-        known,
-        table=dataclasses.replace(known.table, names=names, fields=("source", "source", "target")),
-        held_out=np.array([[3.0, 4.0, 6.0], [3.5, 3.0, 4.0]]),
-        probed=np.array([True, False, True]),
-        preference=0.25,
-    )
-    assert known.gain(0.2) == pytest.approx(0.25 * (0.8 * -0.5 + 0.2 * 1.0) + 0.75 * 2.0)
-    blind = dataclasses.replace(known, probed=np.zeros(3, dtype=bool))
-    assert blind.gain(0.2) == blind.gain() == known.gain()
+    assert text[4].replace(" ", "") == "|none|0|||||||", "nothing is known"
 
 
 # The command

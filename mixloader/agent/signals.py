@@ -79,7 +79,7 @@ def draw_signals(episodes: Episodes, steps: int, rng: np.random.Generator) -> Si
     spread = rng.uniform(0, 0.6, (count, 1, 1))
     return Signals(
         influence_every=every(10, 100),
-        influence_error=log_uniform(0.03, 1.5),
+        influence_error=log_uniform(0.06, 3.0),
         influence_kept=0.5 ** (1 / log_uniform(0.5, 4)),
         influence_unit=log_uniform(1e-4, 1e4),
         distortion=np.exp(spread * rng.standard_normal((*shape, 2))),

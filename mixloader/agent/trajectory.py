@@ -22,9 +22,6 @@ from mixloader.mixture import WEIGHT_ONE
 from mixloader.observation import DomainTable, Observation, Signal
 from mixloader.record import RunRecord, read_record
 
-UNPROBED_SHARE = 0.2
-"""Of a field's part of the reward: what becomes of its domains that no probe covers."""
-
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -209,65 +206,49 @@ class Trajectory:
             "influence_fields": self.influence_fields,
         }
 
-    def rewards(self, unprobed_share: float = UNPROBED_SHARE) -> np.ndarray:
+    def rewards(self) -> np.ndarray:
         """float64 [T]: by how much the run's loss fell while the answer to each observation was in force, nats a token.
 
-        The loss is preference * source + (1 - preference) * target. A field's is its feedback, but for `unprobed_share`
-        of it, which is the mean held-out loss of its domains without a probe, where it has any. Between two
-        measurements it is taken to fall evenly with the tokens. The rewards add up to the fall between the first answer
-        and the end. Raises RecordError if neither feedback nor held-out losses say how a field fared.
+        The loss is preference * source + (1 - preference) * target, each the mean over the field's domains: feedback
+        stands for those that it covers (for all, where it is told of the field alone), held-out losses for the others.
+        Between two measurements it is taken to fall evenly with the tokens. The rewards add up to the fall between the
+        first answer and the end. Raises RecordError if neither feedback nor held-out losses say how a field fared.
         """
         at = np.append(self.effect, self.steps).clip(max=self.steps) * self.tokens_per_step
         total = np.zeros(len(at))
         for name, part in (("source", self.preference), ("target", 1 - self.preference)):
             if part > 0:
-                total += part * self._field_loss(name, at, unprobed_share)
+                total += part * self._field_loss(name, at)
         return total[:-1] - total[1:]
 
-    def _field_loss(self, name: str, at: np.ndarray, unprobed_share: float) -> np.ndarray:
+    def _field_loss(self, name: str, at: np.ndarray) -> np.ndarray:
         of_field = np.array([field == name for field in self.table.fields])
-        others = of_field & ~self.probed
-        parts: list[tuple[float, np.ndarray]] = []
-        if name in self.feedback_names:
+        others, share = of_field & ~self.probed, 1.0
+        if has_feedback := name in self.feedback_names:
             told = self.feedback[:, self.feedback_names.index(name)]
             known = np.isfinite(told)
-            tokens = (self.feedback_step[known] + 1) * self.tokens_per_step
-            parts.append((1 - unprobed_share, np.interp(at, tokens, told[known])))
-        domains = others if parts else of_field
-        if len(self.held_out) and domains.any():
-            losses = np.interp(at, self.held_out_tokens, self.held_out[:, domains].mean(axis=1))
-            parts.append((unprobed_share, losses))
-        if not parts:
+            loss = np.interp(at, (self.feedback_step[known] + 1) * self.tokens_per_step, told[known])
+            if not len(self.held_out) or not (of_field & self.probed).any() or not others.any():
+                return loss
+            share = float(others.sum() / of_field.sum())
+        elif not len(self.held_out) or not of_field.any():
             raise RecordError(
                 f"neither feedback nor held-out losses say how the {name} field fared in this run; evaluate it with "
                 "feedback"
             )
-        if len(parts) == 1:
-            return parts[0][1]
-        return sum((share * losses for share, losses in parts), np.zeros(len(at)))
+        domains = others if has_feedback else of_field
+        rest = np.interp(at, self.held_out_tokens, self.held_out[:, domains].mean(axis=1))
+        return share * rest + (1 - share) * loss if has_feedback else rest
 
-    def gain(self, unprobed_share: float | None = None) -> float:
-        """preference * source + (1 - preference) * target: how far the held-out loss of each field has fallen over the
-        run, in nats a token; NaN where it was not measured.
-
-        A field's loss is the mean over its domains, probed or not; with `unprobed_share`, that part of it is the mean
-        over those without a probe, and the rest that over the others, where there are both.
-        """
+    def gain(self) -> float:
+        """preference * source + (1 - preference) * target: how far the mean held-out loss of each field's domains,
+        probed or not, has fallen over the run, in nats a token; NaN where it was not measured."""
         if len(self.held_out) < 2:
             return math.nan
         fall = self.held_out[0] - self.held_out[-1]
-        parts = (("source", self.preference), ("target", 1 - self.preference))
-        return float(sum(part * self._field_fall(fall, name, unprobed_share) for name, part in parts))
-
-    def _field_fall(self, fall: np.ndarray, name: str, unprobed_share: float | None) -> float:
-        of_field = np.array([field == name for field in self.table.fields])
-        if not of_field.any():
-            return 0.0
-        others = of_field & ~self.probed
-        if unprobed_share is None or not others.any() or not (of_field & self.probed).any():
-            return float(fall[of_field].mean())
-        told = fall[of_field & self.probed].mean()
-        return float((1 - unprobed_share) * told + unprobed_share * fall[others].mean())
+        fields = np.array(self.table.fields, dtype=object)
+        means = {name: fall[fields == name].mean() if (fields == name).any() else 0.0 for name in ("source", "target")}
+        return float(self.preference * means["source"] + (1 - self.preference) * means["target"])
 
 
 def _floats(rows: Sequence[Sequence[Any]]) -> np.ndarray:

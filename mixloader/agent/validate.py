@@ -25,7 +25,7 @@ from mixloader.agent.collect import Bases, Progress, run_job
 from mixloader.agent.collection import Collection
 from mixloader.agent.episode import Episode, base_folder, draw_validation, episode_cell, episode_key
 from mixloader.agent.split import SHIPPED, Split
-from mixloader.agent.trajectory import UNPROBED_SHARE, Trajectory
+from mixloader.agent.trajectory import Trajectory
 from mixloader.compare.cell import RESULT, Cell, is_startable
 from mixloader.compare.suite import Entry, make_entries
 from mixloader.compare.table import markdown
@@ -42,14 +42,13 @@ class Played:
     """What came of a policy in an episode.
 
     fall: by how much preference * source + (1 - preference) * target fell on the score text, each the mean over all
-    domains of the field, nats a token; fall_by_share: the same with UNPROBED_SHARE for the domains without a probe.
+    domains of the field, nats a token.
     source_read: the share of tokens that were of the source field. source_change, target_change: of the mean loss on
     the score text, nats a token; below zero is better. policy_errors: decisions that the policy failed to make.
     """
 
     number: int
     fall: float
-    fall_by_share: float
     source_read: float
     source_change: float
     target_change: float
@@ -66,7 +65,6 @@ class Played:
         return cls(
             number=trajectory.meta["number"],
             fall=trajectory.gain(),
-            fall_by_share=trajectory.gain(UNPROBED_SHARE),
             source_read=float(tokens[fields == "source"].sum() / tokens.sum()),
             source_change=float(change[fields == "source"].mean()),
             target_change=float(change[fields == "target"].mean()),
@@ -168,29 +166,28 @@ def _cell(folder: Path, episode: Episode, bases: Bases) -> Cell:
 def summary(played: Mapping[str, Sequence[Played]]) -> dict[str, dict[str, Any]]:
     """Of each policy: means over its episodes, and its differences from the first policy in those that both have.
 
-    difference, difference_by_share: {"mean", "error" (the mean's standard error), "worst", "worst_number"}, of `fall`
-    and `fall_by_share`, above zero where the policy is better; empty for the first policy.
+    difference: {"mean", "error" (the mean's standard error), "worst", "worst_number"}, of `fall`, above zero where the
+    policy is better; empty for the first policy.
     """
     first = next(iter(played.values()))
     result = {}
     for name, own in played.items():
         means = {
             key: float(np.mean([getattr(one, key) for one in own])) if own else math.nan
-            for key in ("fall", "fall_by_share", "source_read", "source_change", "target_change")
+            for key in ("fall", "source_read", "source_change", "target_change")
         }
         result[name] = {
             "episodes": len(own),
             **means,
             "policy_errors": sum(one.policy_errors for one in own),
-            "difference": {} if own is first else _difference(own, first, "fall"),
-            "difference_by_share": {} if own is first else _difference(own, first, "fall_by_share"),
+            "difference": {} if own is first else _difference(own, first),
         }
     return result
 
 
-def _difference(own: Sequence[Played], first: Sequence[Played], key: str) -> dict[str, float]:
-    theirs = {one.number: getattr(one, key) for one in first}
-    by_number = {one.number: getattr(one, key) - theirs[one.number] for one in own if one.number in theirs}
+def _difference(own: Sequence[Played], first: Sequence[Played]) -> dict[str, float]:
+    theirs = {one.number: one.fall for one in first}
+    by_number = {one.number: one.fall - theirs[one.number] for one in own if one.number in theirs}
     if not by_number:
         return {}
     values = np.array(list(by_number.values()))
@@ -203,8 +200,8 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown, a row a policy, and what its columns mean."""
     first = next(iter(summaries))
     rows = [
-        ["policy", "episodes", "fall", f"minus {first}", "worst (episode)", f"fall, {UNPROBED_SHARE:.0%} unprobed",
-         f"minus {first}", "source read", "source change", "target change"]
+        ["policy", "episodes", "fall", f"minus {first}", "worst (episode)", "source read", "source change",
+         "target change"]
     ]  # fmt: skip
     for name, own in summaries.items():
         if not own["episodes"]:
@@ -215,14 +212,13 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             [name + (f" ‡{own['policy_errors']}" if own["policy_errors"] else ""), str(own["episodes"]),
              f"{own['fall']:.4f}", _with_error(worst),
              f"{worst['worst']:+.4f} ({worst['worst_number']})" if worst else "",
-             f"{own['fall_by_share']:.4f}", _with_error(own["difference_by_share"]),
              f"{own['source_read']:.0%}", f"{own['source_change']:+.4f}", f"{own['target_change']:+.4f}"]
         )  # fmt: skip
     return (
         f"{markdown(rows)}\n\nFall of preference * source + (1 - preference) * target on the score text, nats a token, "
-        "more is better; fields are means over all their domains, and, where it says so, with that share for those "
-        "without a probe. ± standard error of the mean of paired differences. Changes are of the loss: below zero is "
-        'better. Every run begins at the prior "half", as on the scoreboard. ‡ decisions that failed.'
+        "more is better; fields are means over all their domains, probed or not. ± standard error of the mean of "
+        "paired differences. Changes are of the loss: below zero is better. Every run begins at the prior "
+        '"half", as on the scoreboard. ‡ decisions that failed.'
     )
 
 
