@@ -2,12 +2,43 @@
 
 import numpy as np
 
-from mixloader.agent.episodes import draw, mask
+from mixloader.agent import episodes as drawing
+from mixloader.agent.episodes import Episodes, Ranges, mask
 from mixloader.agent.features import NO_FIELD, SOURCE, TARGET
 from mixloader.agent.measured import STEPS
 from mixloader.agent.simulator import influence_now, run
 from mixloader.agent.trajectory import Trajectory
 from mixloader.observation import DomainTable
+
+RANGES = Ranges(
+    target_gain=(0.3, 2.5),
+    source_gain=(0.01, 0.25),
+    knee=(0.02, 3.0),
+    power=(0.2, 1.5),
+    target_level=(0.02, 0.5),
+    source_level=(0.2, 2.0),
+    level_domain=(0.5, 2.0),
+    slow_level=(0.0, 0.6),
+    rate=(3.0, 40.0),
+    rate_domain=(0.6, 1.7),
+    slow_rate=(0.05, 0.3),
+    hold=(1.0, 10.0),
+    hold_domain=(0.6, 1.7),
+    transfer_same=(0.02, 0.7),
+    transfer_cross=(0.003, 0.2),
+    similar_same=(0.03, 0.45),
+    similar_cross=(0.003, 0.15),
+    company=(0.3, 1.0),
+    uneven=(0.1, 0.5),
+    relearn=(0.0, 0.5),
+    wear=(3.0, 30.0),
+    start=(1.5, 4.5),
+    bump=(0.0, 0.15),
+    memory=(0.05, 1.0),
+    row_std=(0.1, 0.45),
+    token_std=(1.5, 3.0),
+)
+"""The tests' own, so that they stand whatever the shipped ones are calibrated to."""
 
 PLAN_STEPS, ROWS, SEQ_LEN = 128, 16, 128
 BUDGET = PLAN_STEPS * ROWS * SEQ_LEN
@@ -15,10 +46,15 @@ NOISE = 0.01
 KINDS = {NO_FIELD: None, SOURCE: "source", TARGET: "target"}
 
 
-def made_runs(count, seed):
-    """Trajectories of a random walk over mixtures, a decision every second plan step, and their episodes."""
+def draw(count: int, rng: np.random.Generator) -> Episodes:
+    """Episodes of RANGES."""
+    return drawing.draw(count, rng, RANGES)
+
+
+def made_runs(count, seed, episodes=None):
+    """Trajectories of a random walk over mixtures, a decision every second plan step, and their episodes (or drawn)."""
     rng = np.random.default_rng(seed)
-    episodes = draw(count, rng)
+    episodes = draw(count, rng) if episodes is None else episodes
     shape = (count, STEPS, episodes.field.shape[1])
     walk = rng.normal(0, 1, (count, 1, shape[2])) + rng.normal(0, 0.3, shape).cumsum(1)
     weights = np.exp(walk) * np.maximum(episodes.prior[:, None], 1e-9) * mask(episodes)[:, None]

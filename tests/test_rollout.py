@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from simulated import draw
 
 from mixloader.agent import fit
 from mixloader.agent.action import soft_step
-from mixloader.agent.episodes import draw, mask, take
+from mixloader.agent.episodes import mask, take
 from mixloader.agent.features import SOURCE, TARGET
 from mixloader.agent.network import SetNetwork, save_parameters
 from mixloader.agent.networks import load_network

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import RANGES, draw
 from simulator_reference import DIFFERENTIABLE, tensors
 from simulator_reference import held_out as reference_held_out
 
+from mixloader.agent import episodes as drawing
 from mixloader.agent.episodes import (
     Episodes,
     blank,
-    draw,
     mask,
     probe_weights,
     read_ranges,
@@ -108,11 +109,11 @@ def test_the_score_is_preference_times_improvements_where_all_is_probed():
 
 def test_ranges_are_read_and_mistakes_are_sentences(tmp_path):
     path = tmp_path / "ranges.json"
-    ranges = read_ranges()._asdict()
+    ranges = RANGES._asdict()
     ranges["hold"] = [5.0, 5.0]
     ranges["hold_domain"] = [1.0, 1.0]
     path.write_text(json.dumps(ranges))
-    drawn = draw(8, np.random.default_rng(0), read_ranges(path))
+    drawn = drawing.draw(8, np.random.default_rng(0), read_ranges(path))
     np.testing.assert_allclose(drawn.hold[mask(drawn)], (5 * np.sqrt(drawn.size[:, None]) * mask(drawn))[mask(drawn)])
     for wrong, message in (
         ({**ranges, "hold": [5, 4]}, r"hold is \[5.0, 4.0\]"),

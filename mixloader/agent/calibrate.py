@@ -34,24 +34,27 @@ UNSEEN = 0.2
 _INSIDE = (0.025, 0.975)
 """Quantiles that become the bounds of a range."""
 
+FARTHEST = 1.5
+"""By this factor at most is a range widened at either end: of what single runs say little of, quantiles run away."""
+
 
 def fitted_ranges(runs: Runs, ranges: Ranges, rng: np.random.Generator, iterations: int = 300) -> Ranges:
-    """Ranges with the bounds that hold 95 % of the numbers of the runs; `ranges` says what is likely before that.
+    """Ranges with the bounds that hold 95 % of the numbers of the runs' episodes; `ranges` says what is likely before
+    that, and no bound goes over FARTHEST times beyond it.
 
-    The runs are identified twice: the second time, what the first one found is likely. What held-out losses do not tell
-    (noise of training losses and how they differ from held-out ones) stays as it is.
+    What held-out losses do not tell (noise of training losses and how they differ from held-out ones) stays as it is.
     """
     start = np.where(np.arange(runs.of.shape[2]) < runs.episodes.size[:, None], runs.episodes.start, np.nan)
-    for _ in range(2):
-        values = identify(runs, ranges, sample=rng, iterations=iterations).values | {"start": start}
-        found = {}
-        for name in (*OF_RUN, *OF_DOMAIN, "start"):
-            known = values[name][np.isfinite(values[name])]
-            if len(known):
-                low, high = np.quantile(known, _INSIDE)
-                found[name] = (float(f"{low:.3g}"), float(f"{high:.3g}"))
-        ranges = ranges._replace(**found)
-    return ranges
+    values = identify(runs, ranges, sample=rng, iterations=iterations).values | {"start": start}
+    found = {}
+    for name in (*OF_RUN, *OF_DOMAIN, "start"):
+        each = values[name][runs.first]
+        known = each[np.isfinite(each)]
+        if len(known):
+            least, most = getattr(ranges, name)
+            low, high = np.quantile(known, _INSIDE).clip(least / FARTHEST, most * FARTHEST)
+            found[name] = (float(f"{low:.3g}"), float(f"{high:.3g}"))
+    return ranges._replace(**found)
 
 
 def _rms(error: np.ndarray) -> float:

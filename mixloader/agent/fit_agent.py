@@ -45,8 +45,8 @@ LEAST = 10  # runs
 class Fit:
     """One making of the agent in a folder.
 
-    runs: those that may be learned from; every fifth is left out for the choice. network: a name of NETWORKS. learners:
-    names of LEARNERS.
+    runs: those that may be learned from; every fifth episode is left out for the choice. network: a name of NETWORKS.
+    learners: names of LEARNERS.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Fit:
         if wrong := sorted(set(learners) - set(LEARNERS)):
             raise ConfigError(f"there is no learner {wrong[0]!r}; expected some of {', '.join(LEARNERS)}")
         every = round(1 / UNSEEN)
-        self.left_out = np.arange(len(runs)) % every == every - 1
         self.runs, self.out, self.seed = list(runs), out, seed
         self.network, self.learners = network, tuple(learners)
         self.batches, self.batch, self.updates = batches, batch, updates
         self.measured = measured_runs(self.runs)
+        self.left_out = self.measured.episode % every == every - 1
         self._folds = sorted({str(one.meta.get("fold")) for one in self.runs})
         content = [[one.weights.tolist(), one.held_out.tolist(), one.meta.get("number")] for one in self.runs]
         self._runs_digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -107,8 +107,11 @@ def identify(
     alone: bool = False,
     iterations: int = 300,
 ) -> Identified:
-    """The numbers of every run; Adam on all z at once, each run's problem being its own.
+    """The numbers of every run; Adam on all z at once, each episode's problem being its own.
 
+    Runs of one episode (Runs.episode) have the same numbers. What one mixture brought says little of what another
+    would have: fitted to single runs, the simulator was off by 0.06 nats on average in favour of an agent that had been
+    fitted in it; fitted to several runs of each episode, by 0.02, and it told 95 % of what set them apart.
     use: bool [B, M], the measurements that may be known (by default all). alone: domains neither teach each other nor
     are forgotten, a power law each. Deterministic given `sample`.
     """
@@ -144,11 +147,11 @@ class _Model:
     def __init__(self, runs: Runs, ranges: Ranges, alone: bool):
         e = runs.episodes
         self.runs, self.alone = runs, alone
-        shape = tuple(e.field.shape)
-        shapes = dict.fromkeys(
-            (*OF_RUN, "start", "gained", "knee", "power", "level", "rate_domain", "hold_domain"), shape
-        )
-        shapes |= dict.fromkeys(OF_RUN, shape[:1])
+        _, of_run = np.unique(runs.episode, return_inverse=True)
+        self._of_run = torch.from_numpy(of_run)  # which row of z is the run's
+        shape = (int(of_run.max()) + 1, e.field.shape[1])
+        of_domain = ("start", "gained", "knee", "power", "level", "rate_domain", "hold_domain")
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(of_domain, shape) | dict.fromkeys(OF_RUN, shape[:1])
         self.z = {name: torch.zeros(s, dtype=torch.float64) for name, s in shapes.items()}
         for name in ("near", "by_chance"):
             self.z[name] = torch.zeros((*shape, shape[1]), dtype=torch.float64)
@@ -175,7 +178,7 @@ class _Model:
 
     def numbers(self) -> dict[str, Tensor]:
         """The numbers of _FITTED, from z, as `episodes.draw` makes them."""
-        z = self.z
+        z = self._of_each()
         own = {name: self._value(name, z[name]) for name in OF_RUN}
         knee, power = self._reference * self._value("knee", z["knee"]), self._value("power", z["power"])
         gained = self._of_field("target_gain", "source_gain", z["gained"])
@@ -204,17 +207,21 @@ class _Model:
             numbers["relearn"] = torch.zeros_like(numbers["relearn"])
         return numbers
 
+    def _of_each(self) -> dict[str, Tensor]:
+        """z of every run."""
+        return {name: z[self._of_run] for name, z in self.z.items()}
+
     def predict(self, numbers: dict[str, Tensor]) -> Tensor:
         """The measurements [B, M] of runs with these numbers."""
         return _Measured.apply(self.runs, *(numbers[name].contiguous() for name in _FITTED))
 
     def result(self) -> Identified:
-        numbers = self.numbers()
-        values = {name: self._value(name, self.z[name]) for name in OF_RUN}
-        values |= {name: self._value(name, self.z[name]) for name in ("knee", "power", "rate_domain", "hold_domain")}
+        numbers, of_each = self.numbers(), self._of_each()
+        values = {name: self._value(name, of_each[name]) for name in OF_RUN}
+        values |= {name: self._value(name, of_each[name]) for name in ("knee", "power", "rate_domain", "hold_domain")}
         for target, source, z in (
-            ("target_gain", "source_gain", self.z["gained"]),
-            ("target_level", "level_domain", self.z["level"]),
+            ("target_gain", "source_gain", of_each["gained"]),
+            ("target_level", "level_domain", of_each["level"]),
         ):
             missing = torch.full_like(z, torch.nan)
             values[target] = torch.where(self._is_target, self._value(target, z), missing)

@@ -33,7 +33,8 @@ class Runs(NamedTuple):
     episodes: what is known of them; all else is zero. weights: [B, STEPS, D], what was read. A measurement is the sum
     over domains of `of` [B, M, D] times the held-out loss at `when` [B, M] (in steps); where `relative` [B, M] is 1,
     that less the same before training. value [B, M] (nats), error [B, M] (infinite where there is no measurement).
-    by_domain: bool [B, M], a held-out loss of one domain, and not feedback.
+    by_domain: bool [B, M], a held-out loss of one domain, and not feedback. episode: int64 [B], the same for runs that
+    differ in nothing but what was read.
     """
 
     episodes: Episodes
@@ -44,6 +45,12 @@ class Runs(NamedTuple):
     value: np.ndarray
     error: np.ndarray
     by_domain: np.ndarray
+    episode: np.ndarray
+
+    @property
+    def first(self) -> np.ndarray:
+        """int64 [E]: a run of each episode."""
+        return np.unique(self.episode, return_index=True)[1]
 
 
 def measured_runs(trajectories: Sequence[Trajectory]) -> Runs:
@@ -62,6 +69,7 @@ def measured_runs(trajectories: Sequence[Trajectory]) -> Runs:
     runs = Runs(
         episodes, np.zeros((len(trajectories), STEPS, width)), np.zeros(shape), np.zeros((*shape, width)),
         np.zeros(shape), np.zeros(shape), np.full(shape, np.inf), np.zeros(shape, dtype=bool),
+        _episodes_of(trajectories),
     )  # fmt: skip
     for b, (run, measurements) in enumerate(zip(trajectories, told, strict=True)):
         size = len(run.table)
@@ -71,6 +79,17 @@ def measured_runs(trajectories: Sequence[Trajectory]) -> Runs:
             runs.when[b, m], runs.of[b, m, :size], runs.relative[b, m] = when * STEPS, of, relative
             runs.value[b, m], runs.error[b, m], runs.by_domain[b, m] = value, error, not relative
     return runs
+
+
+def _episodes_of(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """Runs are of one episode if they have its number and its domains; others are each alone."""
+    names: dict[object, int] = {}
+    out = []
+    for place, run in enumerate(trajectories):
+        number = run.meta.get("number")
+        key = place if number is None else (run.meta.get("split_digest"), number, run.table.names)
+        out.append(names.setdefault(key, len(names)))
+    return np.array(out, dtype=np.int64)
 
 
 def _describe(run: Trajectory, episodes: Episodes, b: int) -> None:

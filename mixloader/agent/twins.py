@@ -13,12 +13,12 @@ from mixloader.agent.identify import identify
 from mixloader.agent.measured import Runs
 
 COPIES = 4
-"""Twins of each run: draws from what its measurements leave possible."""
+"""Twins of each episode that was run: draws from what its measurements leave possible."""
 
 
 def twins_of(runs: Runs, ranges: Ranges, rng: np.random.Generator, copies: int = COPIES) -> Episodes:
-    """`copies` twins of each run, float64 as Episodes are. Deterministic given `rng`."""
-    found = [identify(runs, ranges, sample=rng).episodes for _ in range(copies)]
+    """`copies` twins of each episode of the runs, float64 as Episodes are. Deterministic given `rng`."""
+    found = [take(identify(runs, ranges, sample=rng).episodes, runs.first) for _ in range(copies)]
     return Episodes(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
 
