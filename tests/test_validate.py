@@ -13,10 +13,11 @@ from mixloader.agent import collect as collecting
 from mixloader.agent import validate as validating
 from mixloader.agent.collect import collect
 from mixloader.agent.collection import Collection
-from mixloader.agent.episode import draw_episode, draw_validation
+from mixloader.agent.episode import draw_episode, draw_played
 from mixloader.agent.network import load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED
 from mixloader.agent.split import Split
+from mixloader.agent.trajectories import read_trajectories
 from mixloader.agent.trajectory import Trajectory
 from mixloader.agent.validate import (
     Played,
@@ -86,10 +87,10 @@ def test_validation_episodes_are_drawn_like_those_of_the_split_and_are_none_of_t
     assert validation_numbers(split, "code", 2) == [387, 391]
     for number in numbers:
         same = draw_episode(dataclasses.replace(split, episodes=number + 1, **raw(split)), number)
-        assert draw_validation(split, number) == dataclasses.replace(same, prior="half")
+        assert draw_played(split, number) == dataclasses.replace(same, prior="half")
         assert same.fold == "maths"
-    with pytest.raises(ConfigError, match="episode 383 is one to learn from; expected 384 or more"):
-        draw_validation(split, 383)
+    assert validation_numbers(split, "maths", 3, 2) == [2, 4, 5]
+    assert draw_played(split, 4) == dataclasses.replace(draw_episode(split, 4), prior="half")
     with pytest.raises(ConfigError, match="no episode is of fold 'arts'; expected one of code, maths"):
         validation_numbers(split, "arts", 2)
     with pytest.raises(ConfigError, match="0 episodes are asked for"):
@@ -113,7 +114,7 @@ def test_policies_meet_the_same_episodes_from_a_half_and_get_the_signals_they_us
     found = {(drawn["behaviour"]["label"], drawn["number"]): (drawn, record) for drawn, record in runs(collection)}
     assert len(found) == 6
     for number in (FIRST, FIRST + 1):
-        drawn = draw_validation(tiny_split(), number)
+        drawn = draw_played(tiny_split(), number)
         for name in played:
             episode, record = found[name, number]
             assert {**episode, "behaviour": None, "schedule": None} == {
@@ -181,7 +182,7 @@ def test_a_collection_that_works_is_left_alone_unless_a_base_is_missing(corpora,
 
 def one(number, fall, **more):
     values = {"source_read": 0.5, "source_change": 0.1, "target_change": -0.5}
-    return Played(number, fall, **{**values, "policy_errors": 0, **more})
+    return Played("folder", number, fall, **{**values, "policy_errors": 0, **more})
 
 
 def test_policies_are_compared_with_the_first_episode_by_episode():
@@ -223,6 +224,30 @@ def test_the_command_prints_a_table_and_writes_it(corpora, collection, tmp_path,
     difference = np.subtract(*falls).mean()
     assert written["policies"]["natural"]["difference"]["mean"] == pytest.approx(difference)
     assert f"{difference:+.4f} ± " in printed
+
+
+def test_runs_of_episodes_to_learn_from_can_be_packed_and_others_cannot(corpora, collection, tmp_path):
+    split, policies, file = tmp_path / "split.yaml", tmp_path / "policies.yaml", tmp_path / "again.zst"
+    split.write_text(yaml.safe_dump(json.loads(json.dumps(vars(tiny_split()), default=vars))))
+    policies.write_text(yaml.safe_dump({"half": HALF}))
+    asked = [
+        str(split),
+        "--policies",
+        str(policies),
+        "--corpora",
+        str(corpora),
+        "--out",
+        str(collection),
+        "--episodes",
+        "1",
+    ]
+    assert main([*asked, "--first", "0", "--pack", str(file)]) == 0
+    (again,) = read_trajectories(file)
+    assert again.meta["number"] == 0
+    assert again.meta["behaviour"] == "half"
+    assert again.meta["split_digest"] == tiny_split().digest
+    with pytest.raises(ConfigError, match=f"episode {FIRST} is one to validate with"):
+        main([*asked, "--pack", str(file)])
 
 
 def test_policies_that_cannot_be_played_are_refused(tmp_path):

@@ -26,19 +26,25 @@ def pack_collection(collection: Collection, path: Path) -> Path:
 
     Raises StateError if there are none, RecordError for a record that is damaged.
     """
-    split = collection.split
+    folders = [collection.folder(number) for number in collection.finished()]
+    if not folders:
+        raise StateError(f"{collection.out} has no finished episode to pack; run some with --corpora DIR")
+    trajectories = pack_episodes(collection.split, folders, path)
+    card = path.with_name(CARD)
+    files.replace(card, data_card(collection.split, trajectories, path))
+    return card
+
+
+def pack_episodes(split: Split, folders: Iterable[str | Path], path: Path) -> list[Trajectory]:
+    """Write the finished episodes in these folders to `path`; returns them. Raises as `pack_collection`."""
     sizes = {name: _parameters(split, name) for name in split.architectures}
     trajectories = []
-    for number in collection.finished():
-        one = Trajectory.from_episode(collection.folder(number))
+    for folder in folders:
+        one = Trajectory.from_episode(Path(folder))
         about = {"split": split.name, "split_digest": split.digest, "model_size": sizes[one.meta["architecture"]]}
         trajectories.append(replace(one, meta=one.meta | about))
-    if not trajectories:
-        raise StateError(f"{collection.out} has no finished episode to pack; run some with --corpora DIR")
     write_trajectories(path, trajectories)
-    card = path.with_name(CARD)
-    files.replace(card, data_card(split, trajectories, path))
-    return card
+    return trajectories
 
 
 def _parameters(split: Split, architecture: str) -> int:

@@ -78,14 +78,13 @@ def draw_episode(split: Split, number: int) -> Episode:
     return _draw(split, number)
 
 
-def draw_validation(split: Split, number: int) -> Episode:
-    """An episode that is drawn like those of the split, from the numbers after its last, with the prior "half".
+def draw_played(split: Split, number: int) -> Episode:
+    """An episode that policies are to play, drawn like those of the split, with the prior "half".
 
     That is the prior of a comparison: a behaviour begins where it chooses, a policy that is judged where users do. Who
-    runs it sets its own behaviour in place of the drawn one. Raises ConfigError for a number of the split's own.
+    runs it sets its own behaviour in place of the drawn one. The numbers from the split's end on are for validation;
+    a number of the split's own is an episode to learn from, run once more.
     """
-    if number < split.episodes:
-        raise ConfigError(f"episode {number} is one to learn from; expected {split.episodes} or more to validate with")
     return dataclasses.replace(_draw(split, number), prior="half")
 
 

@@ -161,7 +161,7 @@ class Fit:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit the agent to recorded runs. Stopped, the same command goes on with the next stage."""
     parser = argparse.ArgumentParser(prog="python -m mixloader fit-agent", description=main.__doc__)
-    parser.add_argument("trajectories", type=Path, help="a file of `python -m mixloader collect --pack`")
+    parser.add_argument("trajectories", type=Path, nargs="+", help="files of `python -m mixloader collect --pack`")
     parser.add_argument("--out", type=Path, default=Path("runs/agent"), help="folder for what it makes")
     parser.add_argument("--fold", help="learn from the runs of this fold alone (default: the shipped one; 'all': all)")
     parser.add_argument("--network", choices=list(NETWORKS), default="set")
@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     fold = args.fold or Split.load().shipped
-    runs = [one for one in read_trajectories(args.trajectories) if fold in ("all", one.meta.get("fold"))]
+    found = [one for path in args.trajectories for one in read_trajectories(path)]
+    runs = [one for one in found if fold in ("all", one.meta.get("fold"))]
     options = {name: getattr(args, name) for name in ("seed", "network", "batches", "batch", "learners", "updates")}
     with files.sole_user(args.out, "fit"):
         report = Fit(runs, args.out, **options).run()

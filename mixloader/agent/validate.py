@@ -23,7 +23,8 @@ import numpy as np
 from mixloader.agent.behaviours import Behaviour
 from mixloader.agent.collect import Bases, Progress, run_job
 from mixloader.agent.collection import Collection
-from mixloader.agent.episode import Episode, base_folder, draw_validation, episode_cell, episode_key
+from mixloader.agent.data_card import pack_episodes
+from mixloader.agent.episode import Episode, base_folder, draw_played, episode_cell, episode_key
 from mixloader.agent.split import SHIPPED, Split
 from mixloader.agent.trajectory import Trajectory
 from mixloader.compare.cell import RESULT, Cell, is_startable
@@ -39,7 +40,7 @@ from mixloader.workers import Engine, make_workers
 
 @dataclass(frozen=True)
 class Played:
-    """What came of a policy in an episode.
+    """What came of a policy in an episode, whose run lies in `folder`.
 
     fall: by how much preference * source + (1 - preference) * target fell on the score text, each the mean over all
     domains of the field, nats a token.
@@ -47,6 +48,7 @@ class Played:
     the score text, nats a token; below zero is better. policy_errors: decisions that the policy failed to make.
     """
 
+    folder: str
     number: int
     fall: float
     source_read: float
@@ -63,6 +65,7 @@ class Played:
         tokens = np.array([read[name] for name in trajectory.table.names], dtype=np.float64)
         change = trajectory.held_out[-1] - trajectory.held_out[0]
         return cls(
+            folder=str(folder),
             number=trajectory.meta["number"],
             fall=trajectory.gain(),
             source_read=float(tokens[fields == "source"].sum() / tokens.sum()),
@@ -86,13 +89,14 @@ def read_policies(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def validation_numbers(split: Split, fold: str, count: int) -> list[int]:
-    """The first `count` episodes of a fold after those of the split."""
+def validation_numbers(split: Split, fold: str, count: int, first: int | None = None) -> list[int]:
+    """The first `count` episodes of a fold from number `first` on, by default after those of the split."""
+    first = split.episodes if first is None else first
     if fold not in split.pattern:
         raise ConfigError(f"no episode is of fold {fold!r}; expected one of {', '.join(sorted(set(split.pattern)))}")
     if count < 1:
         raise ConfigError(f"{count} episodes are asked for; expected 1 or more")
-    after = range(split.episodes, split.episodes + len(split.pattern) * (count + 1))
+    after = range(first, first + len(split.pattern) * (count + 1))
     return [number for number in after if split.fold_of(number) == fold][:count]
 
 
@@ -115,7 +119,7 @@ def validate(
     on. Raises a MixLoaderError as `collect` does. show: a line an episode.
     """
     Collection(split, out).begin()
-    drawn = [draw_validation(split, number) for number in numbers]
+    drawn = [draw_played(split, number) for number in numbers]
     # A collection that is under way may go on, unless it makes what is missing here.
     lacking = any(not (base_folder(e.fold, e.architecture, e.base, out) / RESULT).exists() for e in drawn)
     with make_workers(run_job, workers, engine) as pool:
@@ -234,6 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpora", type=Path, required=True, help="folder of NAME.jsonl or NAME.jsonl.gz, as collect")
     parser.add_argument("--out", type=Path, default=Path("runs/collect"), help="folder of the collection")
     parser.add_argument("--episodes", type=int, default=24, metavar="N", help="how many (default 24)")
+    parser.add_argument(
+        "--first", type=int, metavar="N", help="number of the first episode; by default that after the split's last"
+    )
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the runs as trajectories, if all are of episodes of the split"
+    )
     parser.add_argument("--fold", help="by default that of the shipped agent")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help=f"runs at a time, one core each (default {cores})")
@@ -241,18 +251,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     split, policies = Split.load(args.split), read_policies(args.policies)
     fold = args.fold or split.shipped
-    numbers = validation_numbers(split, fold, args.episodes)
+    numbers = validation_numbers(split, fold, args.episodes, args.first)
+    if args.pack is not None and numbers[-1] >= split.episodes:
+        raise ConfigError(
+            f"episode {numbers[-1]} is one to validate with and not to learn from; pack runs of episodes below "
+            f"{split.episodes} (--first, --episodes)"
+        )
     with sole_user(args.out / "validation", "validation"):
         played, failed = validate(
             split, args.corpora, args.out, policies, numbers, workers=args.workers, engine=args.engine
         )
         summaries = summary(played)
         for name, own in played.items():
-            summaries[name]["played"] = [asdict(one) for one in own]
+            summaries[name]["played"] = [{k: v for k, v in asdict(one).items() if k != "folder"} for one in own]
         content = {"split": split.digest, "fold": fold, "numbers": numbers, "policies": summaries}
         path = args.out / "validation" / "table.json"
         replace(path, json.dumps(content, indent=1) + "\n")
     print(f"{table(summaries)}\n\ntable {path}")
+    if args.pack is not None:
+        folders = sorted({one.folder for own in played.values() for one in own})
+        print(f"{len(pack_episodes(split, folders, args.pack))} trajectories {args.pack}")
     if failed:
         print(f"{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
