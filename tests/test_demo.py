@@ -93,6 +93,7 @@ def test_a_finished_demo_is_not_trained_again(finished, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.glob("*-seed*/*")} == before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_as_if_never_killed(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0] / "data", out / "data")

@@ -44,7 +44,7 @@ OPTIONS = {
 @pytest.mark.parametrize(
     ("backend", "name", "dtype", "autocast"),
     [
-        ("inductor", "everything", torch.float32, False),
+        pytest.param("inductor", "everything", torch.float32, False, marks=pytest.mark.slow),
         *(("aot_eager", name, torch.float32, False) for name in OPTIONS),
         ("aot_eager", "plain", torch.bfloat16, False),
         ("aot_eager", "everything", torch.float32, True),

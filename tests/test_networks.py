@@ -49,6 +49,7 @@ def answers(network, rollout, b):
     return np.array(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [24, 2 * LONGEST + 12])
 def test_the_transformer_decides_in_rollouts_as_the_policy_does(steps):
     """Also where the history is so long that it is thinned, twice, and where no budget is known."""
