@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from mixloader.agent.corpora import FoldData, open_fold
 from mixloader.agent.split import Split
@@ -27,11 +28,19 @@ CELLS = 26
 
 
 def open_board(
-    split: Split, name: str, source: Sequence[str], target: Sequence[str], vocab: int, corpora: Path, topics: int = 1
+    split: Split,
+    name: str,
+    source: Sequence[str],
+    target: Sequence[str],
+    vocab: int,
+    corpora: Path,
+    topics: int = 1,
+    **other: Any,
 ) -> FoldData:
-    """Corpora that are cut into so many topics each, packed as a fold of their own."""
+    """Corpora that are cut into so many topics each, packed as a fold of their own. other: keys of the split."""
     own = Split(**{
-        **asdict(split), "scoreboard": [], "pattern": [name], "shipped": name, "bases": {**split.bases, "folds": {}},
+        **asdict(split), **other,
+        "scoreboard": [], "pattern": [name], "shipped": name, "bases": {**split.bases, "folds": {}},
         "folds": {name: {"source": list(source), "target": list(target)}},
         "corpora": {corpus: {"topics": topics} for corpus in (*source, *target)},
     })  # fmt: skip
@@ -89,8 +98,8 @@ def main() -> None:
     save("topics", open_fold(split, "code", 2048, corpora, OUT / "packed"))
     merged(corpora, code.source, OUT / "merged" / "general.jsonl.gz")
     merged(corpora, code.target, OUT / "merged" / "code.jsonl.gz")
-    large = replace(split, text_bytes=12_000_000)
-    save("cells", open_board(large, "cells", ["general"], ["code"], 2048, OUT / "merged", topics=CELLS))
+    merges = OUT / "merged"
+    save("cells", open_board(split, "cells", ["general"], ["code"], 2048, merges, CELLS, text_bytes=12_000_000))
     save("maths", open_board(split, "reverse", maths.source, [*maths.target, *maths.other], 2048, corpora))
     for path in sorted(OUT.glob("*.json")):
         manifest = Manifest.open(path)
