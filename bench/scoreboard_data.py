@@ -14,10 +14,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from mixloader.agent.corpora import FoldData, open_fold
 from mixloader.agent.split import Split
+from mixloader.agent.topics import cut_into_topics
 from mixloader.documents import Documents
 from mixloader.domains import Domain
 from mixloader.manifest import Manifest
@@ -26,23 +26,18 @@ OUT = Path("runs/scoreboard/data")
 CELLS = 26
 """Topics of each field, in the scenario with the domain space of the paper (arXiv 2507.15640)."""
 
+CLUSTERS = 34
+PART = 8000  # characters of a document that are looked at together
+
 
 def open_board(
-    split: Split,
-    name: str,
-    source: Sequence[str],
-    target: Sequence[str],
-    vocab: int,
-    corpora: Path,
-    topics: int = 1,
-    **other: Any,
+    split: Split, name: str, source: Sequence[str], target: Sequence[str], vocab: int, corpora: Path
 ) -> FoldData:
-    """Corpora that are cut into so many topics each, packed as a fold of their own. other: keys of the split."""
+    """Corpora that are a domain each, packed as a fold of their own."""
     own = Split(**{
-        **asdict(split), **other,
-        "scoreboard": [], "pattern": [name], "shipped": name, "bases": {**split.bases, "folds": {}},
+        **asdict(split), "scoreboard": [], "pattern": [name], "shipped": name, "bases": {**split.bases, "folds": {}},
         "folds": {name: {"source": list(source), "target": list(target)}},
-        "corpora": {corpus: {"topics": topics} for corpus in (*source, *target)},
+        "corpora": {corpus: {"topics": 1} for corpus in (*source, *target)},
     })  # fmt: skip
     return open_fold(own, name, vocab, corpora, OUT / "packed")
 
@@ -64,22 +59,23 @@ def _domain(data: FoldData, name: str, topics: list[str]) -> Domain:
     return replace(told, name=name, validation=(*told.validation, *kept.validation))
 
 
-def merged(corpora: Path, names: Sequence[str], path: Path) -> None:
-    """One corpus of several, a document of each in turn."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    readers = [iter(Documents(next(corpora.glob(f"{name}.jsonl*")))) for name in names]
-    part = path.with_suffix(".part")
-    with gzip.open(part, "wt", encoding="utf-8", compresslevel=1) as file:
-        while readers:
-            for reader in list(readers):
-                document = next(reader, None)
-                if document is None:
-                    readers.remove(reader)
-                else:
-                    file.write(json.dumps({"text": document}) + "\n")
-    part.rename(path)
+def cut_cells(corpora: Path, names: Sequence[str], field: str, folder: Path) -> list[str]:
+    """The corpora of a field as one, cut anew into CELLS topics: corpora FIELD-k of `folder`. Returns their names.
+
+    Of CLUSTERS clusters those with the most text: some are of a few short documents.
+    """
+    cells = [f"{field}-{k}" for k in range(CELLS)]
+    if (folder / f"{cells[-1]}.jsonl.gz").exists():
+        return cells
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [text for name in names for text in Documents(next(corpora.glob(f"{name}.jsonl*")))]
+    parts = [text[i : i + PART] for text in texts for i in range(0, len(text), PART)]
+    topics = cut_into_topics(parts, CLUSTERS, seed=0)
+    largest = sorted(topics, key=lambda topic: -sum(map(len, topic)))[:CELLS]
+    for cell, topic in zip(cells, largest, strict=True):
+        with gzip.open(folder / f"{cell}.jsonl.gz", "wt", encoding="utf-8", compresslevel=1) as file:
+            file.writelines(json.dumps({"text": part}) + "\n" for part in topic)
+    return cells
 
 
 def main() -> None:
@@ -96,10 +92,9 @@ def main() -> None:
     )
     save("vocabulary", open_board(split, "board", code.source, code.target, 4096, corpora))
     save("topics", open_fold(split, "code", 2048, corpora, OUT / "packed"))
-    merged(corpora, code.source, OUT / "merged" / "general.jsonl.gz")
-    merged(corpora, code.target, OUT / "merged" / "code.jsonl.gz")
-    merges = OUT / "merged"
-    save("cells", open_board(split, "cells", ["general"], ["code"], 2048, merges, CELLS, text_bytes=12_000_000))
+    topics = OUT / "topics"
+    general = cut_cells(corpora, code.source, "general", topics)
+    save("cells", open_board(split, "cells", general, cut_cells(corpora, code.target, "code", topics), 2048, topics))
     save("maths", open_board(split, "reverse", maths.source, [*maths.target, *maths.other], 2048, corpora))
     for path in sorted(OUT.glob("*.json")):
         manifest = Manifest.open(path)

@@ -29,7 +29,7 @@ class Cell:
 
     key: names all that determines the result (cache.py). title: what it is, for people.
     config: TrainConfig.to_dict(), whose `out` is a folder of the cell's own.
-    score, score_roots, score_windows: the manifest whose held-out text is scored, and windows a domain.
+    score, score_roots, score_windows: the manifest whose held-out text is scored, and windows a domain; 0: no scores.
     base: the cell whose last parameters this one starts from, if it is one.
     keep: leave the last checkpoint there, for others to start from.
     """
@@ -58,7 +58,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Train, go on with what a killed call began, or return what is finished. JSON-able:
 
     key, title, tokens; points: [{"tokens", "losses"}], the loss on the score text of each domain (nats a token) at
-    each checkpoint, from 0 tokens on; feedback: the same on the feedback text of the probed domains, at the end;
+    each checkpoint, from 0 tokens on, none if it is not scored; feedback: the same on the feedback text of the probed
+    domains, at the end;
     late: the mean training loss of each domain that was read in the last quarter of the decisions;
     read: tokens read of each domain; policy_errors: decisions that the policy failed to make.
     """
@@ -74,7 +75,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "key": cell.key,
         "title": cell.title,
         "tokens": trained.tokens,
-        "points": list(_score(cell, config)),
+        "points": list(_score(cell, config)) if cell.score_windows else [],
         "feedback": trained.losses_after,
         "read": {name: n * config.seq_len for name, n in zip(state["domains"], state["cursors"], strict=True)},
         "late": _late_losses(record),

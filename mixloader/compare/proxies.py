@@ -46,7 +46,14 @@ class Fitted:
 
     def runs(self, setting: Setting, label: str) -> list[Cell]:
         return [
-            setting.cell(f"proxy {i}", "fixed", {"weights": by_name(setting, mixture)}, self.seeds[0], train=self.train)
+            setting.cell(
+                f"proxy {i}",
+                "fixed",
+                {"weights": by_name(setting, mixture)},
+                self.seeds[0],
+                train=self.train,
+                scored=False,
+            )
             for i, mixture in enumerate(self._tried(setting))
         ]
 

@@ -67,8 +67,12 @@ class Setting:
         feedback: bool = False,
         train: Mapping[str, Any] | None = None,
         keep: bool = False,
+        scored: bool = True,
     ) -> Cell:
-        """A run of a policy. train: keys of TrainConfig over those of the scenario; `keep` as in Cell."""
+        """A run of a policy. train: keys of TrainConfig over those of the scenario; `keep` as in Cell.
+
+        scored: with points on the score text; a proxy, whose feedback alone is asked for, has none.
+        """
         values = merge(self.scenario.train, train or {})
         steps = TrainConfig.from_dict({**values, "data": "data", "out": "out"}).steps
         values |= {
@@ -86,7 +90,7 @@ class Setting:
             values["init_from"] = str(self.base.out)
         if "influence" in signals_of(make_policy(policy, **options)):
             values.setdefault("influence", {})  # at its defaults
-        return self._make(f"{self.scenario.name}, {label}, seed {seed}", values, self.training, keep)
+        return self._make(f"{self.scenario.name}, {label}, seed {seed}", values, self.training, keep, scored)
 
     def base_cell(self) -> Cell | None:
         """The run that pre-trains the base on the source domains, if that is asked for."""
@@ -99,8 +103,9 @@ class Setting:
         values |= {"data": str(self.folder / "base.json"), "out": "out", "seed": BASE_SEED, "policy": "natural"}
         return self._make(f"{self.scenario.name}, base", values, training, keep=True)
 
-    def _make(self, title: str, values: dict[str, Any], training: Manifest, keep: bool) -> Cell:
+    def _make(self, title: str, values: dict[str, Any], training: Manifest, keep: bool, scored: bool = True) -> Cell:
         suite = self.suite
+        windows = suite.score_windows if scored else 0
         config = TrainConfig.from_dict(values | {"eval_windows": suite.feedback_windows, "threads": 1})
         every = max(1, -(-config.steps // suite.points))
         roots = self.training.roots_outside(self.folder / "training.json")
@@ -110,7 +115,7 @@ class Setting:
         start: str | None = None
         if config.init_from is not None:
             start = self.base.key if self.base is not None else parameters_digest(Path(config.init_from))
-        key = key_of(config, training, self.scored, start, windows=suite.score_windows, points=suite.points, keep=keep)
+        key = key_of(config, training, self.scored, start, windows=windows, points=suite.points, keep=keep)
         config = dataclasses.replace(config, out=str(self.runs / key))
         return Cell(
             key=key,
@@ -118,7 +123,7 @@ class Setting:
             config=config.to_dict(),
             score=str(self.folder / "scored.json"),
             score_roots=self.scored.roots_outside(self.folder / "scored.json"),
-            score_windows=suite.score_windows,
+            score_windows=windows,
             base=self.base if start is not None else None,
             keep=keep,
         )
