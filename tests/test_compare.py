@@ -141,6 +141,12 @@ def test_what_is_finished_is_not_run_again_and_needs_no_checkpoint(
     assert run.main([str(suite), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "table.md").read_text() == (out / "table.md").read_text()
     assert (tmp_path / "out" / "results.json").read_text() == (out / "results.json").read_text()
+    # Against another of its policies: the same runs, other differences.
+    capsys.readouterr()
+    assert run.main([str(suite), "--out", str(tmp_path / "out"), "--against", "natural"]) == 0
+    printed_now = capsys.readouterr().out
+    assert "minus natural [95 %]" in printed_now
+    assert next(row for row in printed_now.splitlines() if row.startswith("| natural ")).split("|")[3].strip() == ""
 
 
 def test_killed_in_the_middle_it_runs_what_is_missing_and_ends_the_same(finished, tmp_path, data, in_process):
@@ -246,6 +252,7 @@ def test_a_law_is_fitted_to_proxies_on_the_feedback_text_and_their_tokens_are_th
     cells = Suite.from_dict(values).preparation("linear").runs(setting, "linear")
     mixtures = [list(cell.config["policy_options"]["weights"].values()) for cell in cells]
     ends = [json.loads((cell.out / "cell.json").read_text())["feedback"] for cell in cells]
+    assert not any(json.loads((cell.out / "cell.json").read_text())["points"] for cell in cells), "proxies are scored"
     law = fitters.fit("linear", mixtures, [[end["prose"], end["maths"]] for end in ends], seed=1000)
     limits = {"tokens": setting.table.tokens, "target_tokens": 256}
     expected = fitters.propose(law, setting.table.prior, [0.8, 0.2], **limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=cores, help=f"runs at a time, one core each (default {cores})")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="processes here, or Ray")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar, also on a terminal")
+    parser.add_argument("--against", metavar="POLICY", help="that the others are compared with (default: the suite's)")
     args = parser.parse_args(argv)
     suite = Suite.load(args.suite)
+    if args.against is not None:
+        suite = dataclasses.replace(suite, against=args.against)
     with sole_user(args.out, "comparison"):
         comparison = compare(
             suite, args.out, workers=args.workers, engine=args.engine, progress=False if args.no_progress else None
