@@ -13,6 +13,7 @@ from mixloader.agent import collect as collecting
 from mixloader.agent import validate as validating
 from mixloader.agent.collect import collect
 from mixloader.agent.collection import Collection
+from mixloader.agent.data_card import pack_collection
 from mixloader.agent.episode import draw_episode, draw_played
 from mixloader.agent.network import load_parameters, save_parameters
 from mixloader.agent.policy import SHIPPED
@@ -226,28 +227,22 @@ def test_the_command_prints_a_table_and_writes_it(corpora, collection, tmp_path,
     assert f"{difference:+.4f} ± " in printed
 
 
-def test_runs_of_episodes_to_learn_from_can_be_packed_and_others_cannot(corpora, collection, tmp_path):
-    split, policies, file = tmp_path / "split.yaml", tmp_path / "policies.yaml", tmp_path / "again.zst"
-    split.write_text(yaml.safe_dump(json.loads(json.dumps(vars(tiny_split()), default=vars))))
+def test_episodes_of_the_split_that_are_played_again_are_packed_and_others_are_not(corpora, collection, tmp_path):
+    policies, file = tmp_path / "policies.yaml", tmp_path / "all.zst"
     policies.write_text(yaml.safe_dump({"half": HALF}))
-    asked = [
-        str(split),
-        "--policies",
-        str(policies),
-        "--corpora",
-        str(corpora),
-        "--out",
-        str(collection),
-        "--episodes",
-        "1",
-    ]
-    assert main([*asked, "--first", "0", "--pack", str(file)]) == 0
-    (again,) = read_trajectories(file)
-    assert again.meta["number"] == 0
-    assert again.meta["behaviour"] == "half"
-    assert again.meta["split_digest"] == tiny_split().digest
-    with pytest.raises(ConfigError, match=f"episode {FIRST} is one to validate with"):
-        main([*asked, "--pack", str(file)])
+    split = tmp_path / "split.yaml"
+    split.write_text(yaml.safe_dump(json.loads(json.dumps(vars(tiny_split()), default=vars))))
+    asked = [str(split), "--policies", str(policies), "--corpora", str(corpora), "--out", str(collection)]
+    assert main([*asked, "--episodes", "1", "--first", "0"]) == 0
+    assert main([*asked, "--episodes", "1"]) == 0
+    card = pack_collection(Collection(tiny_split(), collection), file)
+    packed = read_trajectories(file)
+    assert {one.meta["number"] for one in packed} <= set(range(tiny_split().episodes))
+    again = [one for one in packed if (one.meta["number"], one.meta["behaviour"]) == (0, "half")]
+    assert len(again) == 1
+    assert again[0].meta["split_digest"] == tiny_split().digest
+    assert f"- {len(packed)} trajectories, " in card.read_text()
+    assert "of them are of episodes that were played again" in card.read_text()
 
 
 def test_policies_that_cannot_be_played_are_refused(tmp_path):

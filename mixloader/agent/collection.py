@@ -37,3 +37,15 @@ class Collection:
 
     def finished(self) -> list[int]:
         return [number for number in range(self.split.episodes) if self.is_done(number)]
+
+    def played_again(self) -> list[Path]:
+        """Finished runs of episodes of the split with other policies (validate.py), in order of their numbers.
+
+        Those of later episodes are there to validate with, and not to learn from.
+        """
+        numbers = {}
+        for path in sorted(self.out.glob(f"validation/*/{RESULT}")):
+            number = json.loads((path.parent / "episode.json").read_text(encoding="utf-8"))["number"]
+            if number < self.split.episodes:
+                numbers[path.parent] = number
+        return sorted(numbers, key=lambda folder: numbers[folder])

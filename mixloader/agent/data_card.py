@@ -22,29 +22,25 @@ CARD = "DATA.md"
 
 
 def pack_collection(collection: Collection, path: Path) -> Path:
-    """Write all finished episodes to `path`, and DATA.md beside it, which is returned.
+    """Write all finished episodes to `path`, those played again last, and DATA.md beside it, which is returned.
 
     Raises StateError if there are none, RecordError for a record that is damaged.
     """
-    folders = [collection.folder(number) for number in collection.finished()]
+    again = collection.played_again()
+    folders = [*map(collection.folder, collection.finished()), *again]
     if not folders:
         raise StateError(f"{collection.out} has no finished episode to pack; run some with --corpora DIR")
-    trajectories = pack_episodes(collection.split, folders, path)
-    card = path.with_name(CARD)
-    files.replace(card, data_card(collection.split, trajectories, path))
-    return card
-
-
-def pack_episodes(split: Split, folders: Iterable[str | Path], path: Path) -> list[Trajectory]:
-    """Write the finished episodes in these folders to `path`; returns them. Raises as `pack_collection`."""
+    split = collection.split
     sizes = {name: _parameters(split, name) for name in split.architectures}
     trajectories = []
     for folder in folders:
-        one = Trajectory.from_episode(Path(folder))
+        one = Trajectory.from_episode(folder)
         about = {"split": split.name, "split_digest": split.digest, "model_size": sizes[one.meta["architecture"]]}
         trajectories.append(replace(one, meta=one.meta | about))
     write_trajectories(path, trajectories)
-    return trajectories
+    card = path.with_name(CARD)
+    files.replace(card, data_card(split, trajectories, path, len(again)))
+    return card
 
 
 def _parameters(split: Split, architecture: str) -> int:
@@ -54,8 +50,8 @@ def _parameters(split: Split, architecture: str) -> int:
     return model.num_params()
 
 
-def data_card(split: Split, trajectories: Sequence[Trajectory], path: Path) -> str:
-    """Markdown."""
+def data_card(split: Split, trajectories: Sequence[Trajectory], path: Path, again: int = 0) -> str:
+    """Markdown. again: how many of them are of episodes that were played again."""
     decisions, feedbacks = sum(map(len, trajectories)), sum(len(t.feedback_step) for t in trajectories)
     runs = [t.steps * t.tokens_per_step for t in trajectories]
     sizes = [t.meta["model_size"] for t in trajectories]
@@ -69,6 +65,7 @@ pre-training run of a small language model: all that its policy saw, what it ans
 (docs/agent_data.md).
 
 - {len(trajectories)} trajectories, {decisions:,} decisions, {feedbacks:,} feedbacks of each field
+- {again} of them are of episodes that were played again with another policy
 - {sum(runs) / 1e6:.1f}M tokens of training, bases not counted
 - {path.stat().st_size / 1e6:.1f} MB: columns, {DIGITS} significant digits, Zstandard
 - split `{split.name}`, digest `{split.digest}`; of the shipped agent: fold `{split.shipped}` alone
@@ -81,7 +78,7 @@ pre-training run of a small language model: all that its policy saw, what it ans
 {_table("behaviour", trajectories, lambda t: t.meta["behaviour"])}
 Gain: how far preference * source + (1 - preference) * target has fallen, over all domains with a field, on text that no
 policy was told of; nats a token, mean ± standard deviation. Episodes differ in far more than their behaviour, so these
-means do not compare policies. Rewards (feedback, with a small part for domains that no probe covers) add up to
+means do not compare policies. Rewards (feedback, and the score text for domains that no probe covers) add up to
 {_spread(float(t.rewards().sum()) for t in trajectories)} a run.
 
 ## Text

@@ -1,7 +1,8 @@
 """`python -m mixloader.agent.validate`: policies in episodes that nothing was learned from, to choose among agents.
 
 Validation episodes are drawn like those of the split, from the numbers after its last, with the prior "half" as in a
-comparison. So a choice among agents is made on the corpora of a fold, and never on the scoreboard.
+comparison. So a choice among agents is made on the corpora of a fold, and never on the scoreboard. With --first,
+episodes of the split are played again: these are runs to learn from, which `collect --pack` packs with the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import numpy as np
 from mixloader.agent.behaviours import Behaviour
 from mixloader.agent.collect import Bases, Progress, run_job
 from mixloader.agent.collection import Collection
-from mixloader.agent.data_card import pack_episodes
 from mixloader.agent.episode import Episode, base_folder, draw_played, episode_cell, episode_key
 from mixloader.agent.split import SHIPPED, Split
 from mixloader.agent.trajectory import Trajectory
@@ -241,9 +241,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--first", type=int, metavar="N", help="number of the first episode; by default that after the split's last"
     )
-    parser.add_argument(
-        "--pack", type=Path, metavar="FILE", help="write the runs as trajectories, if all are of episodes of the split"
-    )
     parser.add_argument("--fold", help="by default that of the shipped agent")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help=f"runs at a time, one core each (default {cores})")
@@ -252,11 +249,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     split, policies = Split.load(args.split), read_policies(args.policies)
     fold = args.fold or split.shipped
     numbers = validation_numbers(split, fold, args.episodes, args.first)
-    if args.pack is not None and numbers[-1] >= split.episodes:
-        raise ConfigError(
-            f"episode {numbers[-1]} is one to validate with and not to learn from; pack runs of episodes below "
-            f"{split.episodes} (--first, --episodes)"
-        )
     with sole_user(args.out / "validation", "validation"):
         played, failed = validate(
             split, args.corpora, args.out, policies, numbers, workers=args.workers, engine=args.engine
@@ -268,9 +260,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.out / "validation" / "table.json"
         replace(path, json.dumps(content, indent=1) + "\n")
     print(f"{table(summaries)}\n\ntable {path}")
-    if args.pack is not None:
-        folders = sorted({one.folder for own in played.values() for one in own})
-        print(f"{len(pack_episodes(split, folders, args.pack))} trajectories {args.pack}")
     if failed:
         print(f"{len(failed)} runs failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
