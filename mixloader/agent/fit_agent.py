@@ -1,4 +1,4 @@
-"""`python -m mixloader fit-agent TRAJECTORIES --out FOLDER`: the agent's weights from recorded runs.
+"""`python -m mixloader fit-agent [TRAJECTORIES] --out FOLDER`: the agent's weights from recorded runs.
 
 1. Calibrate: which episodes of the simulator the runs are (twins.py), and from which ranges others are drawn.
 2. Warm up: a network in that simulator, by the derivative of the score (fit.py).
@@ -38,6 +38,9 @@ from mixloader.errors import ConfigError
 
 OF_TWINS = 0.5
 """Part of the warm-up's episodes that are twins; the others are drawn from the ranges, which are wider."""
+
+RUNS = Path(__file__).parent / "data" / "trajectories.zst"
+"""The runs that the shipped agent was fitted to; DATA.md beside them says what they are."""
 
 LEAST = 10  # runs
 
@@ -161,7 +164,9 @@ class Fit:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit the agent to recorded runs. Stopped, the same command goes on with the next stage."""
     parser = argparse.ArgumentParser(prog="python -m mixloader fit-agent", description=main.__doc__)
-    parser.add_argument("trajectories", type=Path, nargs="+", help="files of `python -m mixloader collect --pack`")
+    parser.add_argument(
+        "trajectories", type=Path, nargs="*", default=[RUNS], help="of `collect --pack` (default: the shipped runs)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/agent"), help="folder for what it makes")
     parser.add_argument("--fold", help="learn from the runs of this fold alone (default: the shipped one; 'all': all)")
     parser.add_argument("--network", choices=list(NETWORKS), default="set")
